@@ -6,6 +6,8 @@ One signature for every backend: upstream's names and order for what it also has
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeAlias, overload
 
@@ -15,7 +17,15 @@ from torch import Tensor
 from libs.kernels.backend import Choice, pick
 from libs.kernels.mimo.chunked import mimo_chunked
 from libs.kernels.mimo.reference import mimo_reference
-from libs.kernels.mimo.shapes import Dims, MimoInputs, MimoResult, MimoState, check_boundaries, check_inputs, check_state
+from libs.kernels.mimo.shapes import (
+    Dims,
+    MimoInputs,
+    MimoResult,
+    MimoState,
+    check_boundaries,
+    check_inputs,
+    check_state,
+)
 
 Backend: TypeAlias = Callable[[MimoInputs, Dims, MimoState | None], MimoResult]
 
@@ -99,7 +109,7 @@ def mamba3_mimo(
     choice = choose_backend(backend, V.device)
 
     # The scan keeps its own precision rules; autocast would round the state update to bf16.
-    with torch.autocast(V.device.type, enabled=False):
+    with contextlib.nullcontext() if V.device.type == "meta" else torch.autocast(V.device.type, enabled=False):
         if choice.value == "reference":
 
             def run(part: MimoInputs, part_dims: Dims, state: MimoState | None) -> MimoResult:
@@ -125,7 +135,7 @@ def _document_by_document(
     """Run each packed document on its own, so that every one has a state before and after it."""
     outputs: list[Tensor] = []
     states: list[MimoState] = []
-    for row, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for row, (start, end) in enumerate(itertools.pairwise(bounds)):
         state = None if initial is None else MimoState(*(part[row : row + 1] for part in initial))
         out, final = run(_slice_tokens(inputs, start, end), dims._replace(S=end - start), state)
         outputs.append(out)

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from libs.kernels.mimo.chunked_grad import tile_backward
+from libs.kernels.mimo.chunked_grad import ParamSums, tile_backward
 from libs.kernels.mimo.chunked_layout import GradStore, Layout, Operands, Reader, plan, scatter, walk
 from libs.kernels.mimo.chunked_terms import DocumentMasks, Weights, document_masks, scan_weights, wrapped_angles
 from libs.kernels.mimo.chunked_tile import (
     Decays,
     Projected,
+    Scratch,
     TileInputs,
     decays,
     finish,
@@ -45,9 +46,7 @@ def mimo_chunked(
     acc = accumulation_dtype(inputs.v.dtype)
     layout = plan(dims, chunk_size, rotary_dim_divisor, norm_eps)
     masks = None if bounds is None else document_masks(bounds, layout.chunks, layout.C, inputs.v.device)
-    weights = scan_weights(
-        inputs.adt.to(acc), inputs.dt.to(acc), inputs.trap.to(acc), layout.chunks, layout.C, masks
-    )
+    weights = scan_weights(inputs.adt.to(acc), inputs.dt.to(acc), inputs.trap.to(acc), layout.chunks, layout.C, masks)
     start_angle, h_first = _entry(inputs, dims, state, weights, acc)
     theta, end_angle = wrapped_angles(
         inputs.angles.to(acc), inputs.dt.to(acc), start_angle, layout.chunks, layout.C, masks
@@ -78,18 +77,18 @@ def _entry(
 
 
 def _advance(
-    tile: TileInputs, proj: Projected, decay: Decays, shift_ch: Tensor, h_hNP: Tensor
+    tile: TileInputs, proj: Projected, decay: Decays, shift_ch: Tensor, h_hNP: Tensor, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
     """States entering each chunk of the tile (c,h,N,P), and the one entering the next tile (h,N,P)."""
     chunks, _, C = tile.later_chC.shape
-    updates = state_updates(tile, decay, proj)
+    updates = state_updates(tile, decay, proj, scratch)
     last = last_products(proj, chunks, C)
-    h_in = torch.empty_like(updates)
+    states = scratch("states", chunks + 1, *h_hNP.shape)
+    states[0] = h_hNP
     for i in range(chunks):
-        h_in[i] = h_hNP
-        settled = torch.addcmul(updates[i], decay.through_ch[i, :, None, None], h_hNP)
-        h_hNP = settled.addcmul_(shift_ch[i, :, None, None], last[i])
-    return h_in, h_hNP
+        torch.addcmul(updates[i], decay.through_ch[i, :, None, None], states[i], out=states[i + 1])
+        states[i + 1].addcmul_(shift_ch[i, :, None, None], last[i])
+    return states[:-1], states[-1].clone()
 
 
 class _Scan(torch.autograd.Function):
@@ -98,7 +97,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layout: Layout, masks: DocumentMasks | None, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
         op = Operands(*tensors)
-        reader = Reader(op, layout, masks)
+        reader, scratch = Reader(op, layout, masks), Scratch(op.theta)
         dims = layout.dims
         ranks = () if op.mimo_out is not None else (dims.R,)
         out = op.theta.new_empty(dims.B, dims.S, *ranks, dims.H, dims.P)
@@ -111,11 +110,12 @@ class _Scan(torch.autograd.Function):
             for at in tiles:
                 entering.append(h_hNP)
                 tile = reader.tile(at)
-                proj = project(tile, params, layout.divisor)
+                proj = project(tile, params, layout.divisor, scratch)
                 decay = decays(tile)
-                h_in, h_hNP = _advance(tile, proj, decay, reader.shift(at), h_hNP)
-                weighed = weigh(scores(proj), pair_weights(tile, decay), params)
-                scatter(out, finish(raw_outputs(proj, weighed, decay, h_in), tile, params), at)
+                h_in, h_hNP = _advance(tile, proj, decay, reader.shift(at), h_hNP, scratch)
+                weighed = weigh(scores(proj, scratch), pair_weights(tile, decay), params, scratch)
+                y = raw_outputs(proj, weighed, decay, h_in, scratch)
+                scatter(out, finish(y, tile, params, scratch), at)
             h_end[b, h0:h1] = h_hNP
             keys = proj.k_xNF.view(at.c1 - at.c0, h1 - h0, dims.N, dims.R, layout.C)
             k_last[b, h0:h1] = keys[-1, ..., (dims.S - 1) % layout.C]
@@ -128,27 +128,29 @@ class _Scan(torch.autograd.Function):
         layout: Layout = ctx.layout
         saved = ctx.saved_tensors
         op, entering = Operands(*saved[: len(Operands._fields)]), list(saved[len(Operands._fields) :])
-        reader = Reader(op, layout, ctx.masks)
+        reader, scratch = Reader(op, layout, ctx.masks), Scratch(op.theta)
         grads = GradStore(op, reader)
         d_out, d_h_end, d_k_last = d_outputs
         last_token = (layout.dims.S - 1) % layout.C
         cut = reader.ranked_heads if op.mimo_out is None else reader.heads
         for b, h0, h1, tiles in walk(layout):
             params = reader.params(h0, h1)
+            sums = ParamSums.zeros(params, layout.C)
             d_state = d_h_end[b, h0:h1]
             states, entering = entering[: len(tiles)], entering[len(tiles) :]
             for at, h_hNP in zip(reversed(tiles), reversed(states), strict=True):
                 tile = reader.tile(at)
-                proj = project(tile, params, layout.divisor)
+                proj = project(tile, params, layout.divisor, scratch)
                 decay = decays(tile)
                 shift = reader.shift(at)
-                h_in, _ = _advance(tile, proj, decay, shift, h_hNP)
+                h_in, _ = _advance(tile, proj, decay, shift, h_hNP, scratch)
                 d_key = d_k_last[b, h0:h1] if at is tiles[-1] else None
                 got = tile_backward(
-                    cut(d_out, at), d_state, tile, shift, params, layout.divisor, proj, decay, h_in, d_key, last_token
-                )
+                    cut(d_out, at), d_state, tile, shift, params, layout.divisor, proj, decay, h_in, d_key,
+                    last_token, sums, scratch,
+                )  # fmt: skip
                 grads.add(got, at)
                 d_state = got.d_state_hNP
             grads.of.h_first[b, h0:h1] = d_state
+            grads.add_params(sums, h0, h1)
         return (None, None, *grads.result())
-

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnF
 
-from libs.kernels.mimo.chunked_grad import TileGrads
+from libs.kernels.mimo.chunked_grad import ParamSums, TileGrads
 from libs.kernels.mimo.chunked_terms import DocumentMasks
 from libs.kernels.mimo.chunked_tile import HeadParams, TileInputs
 from libs.kernels.mimo.shapes import Dims, accumulation_dtype
@@ -50,7 +50,7 @@ class TileIndex(NamedTuple):
 
 def plan(dims: Dims, chunk_size: int, divisor: int, norm_eps: float) -> Layout:
     """Cut a call into tiles whose working set fits the cache."""
-    C = min(chunk_size, dims.S)
+    C = chunk_size  # also for a shorter sequence: bits must not depend on how a sequence is fed in
     chunks = -(-dims.S // C)
     F = dims.R * C
     largest = max(F * F, F * dims.N, F * dims.P, dims.N * dims.P)
@@ -179,52 +179,67 @@ class Reader:
 class GradStore:
     """Gradients of one call's operands, added up tile by tile in the accumulation dtype."""
 
+    ADDED_TO = ("q", "k", "q_bias", "k_bias", "mimo_v", "mimo_z", "mimo_out", "d", "norm_weight")
+
     def __init__(self, op: Operands, reader: Reader) -> None:
         self.op, self.reader = op, reader
 
-        def zeros(u: Tensor | None) -> Tensor | None:
-            return None if u is None else torch.zeros(u.shape, dtype=reader.acc, device=u.device)
+        def fresh(name: str, u: Tensor | None) -> Tensor | None:
+            if u is None:
+                return None
+            # Tiles partition these; the others are added to by several tiles.
+            make = torch.zeros if name in self.ADDED_TO else torch.empty
+            return make(u.shape, dtype=reader.acc, device=u.device)
 
-        self.of = Operands(*(zeros(u) for u in op))  # type: ignore[arg-type]
+        self.of = Operands(*(fresh(name, u) for name, u in zip(Operands._fields, op, strict=True)))  # type: ignore[arg-type]
 
     def add(self, got: TileGrads, at: TileIndex) -> None:
-        """Add one tile's gradients."""
+        """Take in the gradients of one tile's own inputs."""
         of, heads, chunks = self.of, slice(at.h0, at.h1), slice(at.c0, at.c1)
         g0, g1 = self.reader.groups(at)
         tokens = at.t1 - at.t0
         for target, part in zip((of.q, of.k), got.d_qk_2cgNRC, strict=True):
             rows = part.permute(0, 4, 3, 1, 2).flatten(0, 1)[:tokens]  # (c C),R,g,N
-            target[at.b, at.t0 : at.t1, :, g0:g1] += rows
-        of.q_bias[heads] += got.d_qk_bias_2hNR[0].transpose(1, 2)
-        of.k_bias[heads] += got.d_qk_bias_2hNR[1].transpose(1, 2)
+            target[at.b, at.t0 : at.t1, :, g0:g1].add_(rows)
         scatter(of.v, got.d_v_chCP, at)
-        of.mimo_v[heads] += got.d_psi_hRP
-        finish = got.finish
-        if of.z is not None and of.mimo_z is not None and finish.d_z_chCP is not None:
-            scatter(of.z, finish.d_z_chCP, at)
-            of.mimo_z[heads] += finish.d_zeta_hRP
-        if of.mimo_out is not None:
-            of.mimo_out[heads] += finish.d_phi_hRP
-        if of.d is not None:
-            of.d[heads] += got.d_d_h
-        if of.norm_weight is not None:
-            of.norm_weight[heads] += finish.d_norm_hP
+        if of.z is not None and got.d_z_chCP is not None:
+            scatter(of.z, got.d_z_chCP, at)
         of.log_decay[at.b, chunks, heads] = got.d_log_decay_chC
         of.gamma[at.b, chunks, heads] = got.d_gamma_chC
         of.later[at.b, chunks, heads] = got.d_later_chC
         of.shift[at.b, chunks, heads] = got.d_shift_ch
         of.theta[at.b, chunks, heads] = got.d_theta_chAC
 
+    def add_params(self, sums: ParamSums, h0: int, h1: int) -> None:
+        """Take in the parameter gradients of one walk over the heads h0..h1."""
+        of = self.of
+        bias = sums.qk_bias_2hNRC.sum(dim=-1).transpose(2, 3)  # 2,h,R,N
+        of.q_bias[h0:h1] += bias[0]
+        of.k_bias[h0:h1] += bias[1]
+        for target, total in (
+            (of.mimo_v, sums.psi_hRCP),
+            (of.mimo_z, sums.zeta_hRCP),
+            (of.mimo_out, sums.phi_hRCP),
+        ):
+            if target is not None and total is not None:
+                target[h0:h1] += total.sum(dim=2)
+        if of.norm_weight is not None and sums.norm_hRCP is not None:
+            of.norm_weight[h0:h1] += sums.norm_hRCP.sum(dim=(1, 2))
+        if of.d is not None and sums.d_h is not None:
+            of.d[h0:h1] += sums.d_h
+
     def result(self) -> tuple[Tensor | None, ...]:
         """Gradients in the order and dtypes of the operands."""
         return tuple(
-            None if grad is None or u is None else grad.to(u.dtype)
-            for grad, u in zip(self.of, self.op, strict=True)
+            None if grad is None or u is None else grad.to(u.dtype) for grad, u in zip(self.of, self.op, strict=True)
         )
 
 
 def scatter(target: Tensor, part: Tensor, at: TileIndex) -> None:
     """Write a tile (c,h,C,P) or (c,h,R,C,P) into its place of (B,S,H,P) or (B,S,R,H,P), dropping the padding."""
-    order = (0, 2, 1, 3) if part.dim() == 4 else (0, 3, 2, 1, 4)
-    rows = part.permute(order).flatten(0, 1)[: at.t1 - at.t0]
-    target[at.b, at.t0 : at.t1, ..., at.h0 : at.h1, :] = rows
+    rows = part.permute((0, 2, 1, 3) if part.dim() == 4 else (0, 3, 2, 1, 4))  # c,C,(R),h,P
+    place = target[at.b, at.t0 : at.t1, ..., at.h0 : at.h1, :]
+    if place.shape[0] == rows.shape[0] * rows.shape[1]:
+        place.view(rows.shape).copy_(rows)
+    else:
+        place.copy_(rows.flatten(0, 1)[: place.shape[0]])

@@ -24,18 +24,12 @@ class DocumentMasks(NamedTuple):
         carry_cC: the token still belongs to the document that the chunk began with.
         leave_cC: the token belongs to the document that the chunk ends with.
         through_c: no document starts in this chunk: the state passes through.
-        next_S: the next token belongs to the same document.
-        before_cC: index inside the chunk of the token before the document's start, -1 when it started earlier.
-        end_S: position where the token's document ends (exclusive).
     """
 
     pair_cCC: Tensor
     carry_cC: Tensor
     leave_cC: Tensor
     through_c: Tensor
-    next_S: Tensor
-    before_cC: Tensor
-    end_S: Tensor
 
 
 def document_masks(bounds: list[int], chunks: int, C: int, device: torch.device) -> DocumentMasks:
@@ -46,18 +40,20 @@ def document_masks(bounds: list[int], chunks: int, C: int, device: torch.device)
     doc_cC = document.view(chunks, C)
     first_c = torch.cat([doc_cC[:1, 0], doc_cC[:-1, -1]])  # document in force just before the chunk
     lower = torch.ones(C, C, dtype=torch.bool, device=device).tril()
-    start_cC = edges[document].view(chunks, C) - torch.arange(chunks, device=device)[:, None] * C
-    end_S = edges[document + 1].clone()
-    end_S[document == len(bounds) - 2] = chunks * C
     return DocumentMasks(
         pair_cCC=(doc_cC[:, :, None] == doc_cC[:, None, :]) & lower,
         carry_cC=doc_cC == first_c[:, None],
         leave_cC=doc_cC == doc_cC[:, -1:],
         through_c=doc_cC[:, -1] == first_c,
-        next_S=F.pad(document[1:] == document[:-1], (0, 1)),
-        before_cC=(start_cC - 1).clamp(min=-1),
-        end_S=end_S,
     )
+
+
+def _running_sum(u_BcxC: Tensor, masks: DocumentMasks | None) -> Tensor:
+    """Sum up to each token inside its chunk and document. With documents it is a product with a 0/1 matrix: the
+    difference of two running sums would let the last bits of one document leak into the next."""
+    if masks is None:
+        return u_BcxC.cumsum(dim=-1)
+    return u_BcxC @ masks.pair_cCC.transpose(1, 2).to(u_BcxC.dtype)
 
 
 class Weights(NamedTuple):
@@ -68,7 +64,7 @@ class Weights(NamedTuple):
         gamma: weight of a token on its own output.
         later: weight on all later outputs, gamma plus the shifted term of the next token. The shifted term of a
             chunk's last token is left out: it enters when the next chunk starts, exactly as after a restored state.
-        shift_BcH: that left-out shifted term; 0 at the end of a document.
+        shift_BcH: that left-out shifted term. Where a document ends it needs no mask: nobody after it looks back.
         first_BH: dt_0 (1 - lambda_0): weight of the token before the first one, for an initial state.
     """
 
@@ -91,8 +87,6 @@ def scan_weights(
     gamma = lam * dt
     lead = dt * (1 - lam)  # what token t adds to its predecessor's key, before decay
     shifted = F.pad(lead[..., 1:], (0, 1))
-    if masks is not None:
-        shifted = shifted * masks.next_S
 
     def by_chunk(u_BHS: Tensor) -> Tensor:
         return u_BHS.view(B, H, chunks, C).transpose(1, 2)
@@ -100,7 +94,7 @@ def scan_weights(
     gamma_c, shifted_c = by_chunk(gamma), by_chunk(shifted)
     later = gamma_c + F.pad(shifted_c[..., :-1], (0, 1))
     return Weights(
-        log_decay=by_chunk(adt).cumsum(dim=-1),
+        log_decay=_running_sum(by_chunk(adt), masks),
         gamma=gamma_c,
         later=later,
         shift_BcH=shifted_c[..., -1],
@@ -119,10 +113,7 @@ class _WrappedCumsum(torch.autograd.Function):
     def forward(ctx: Any, turn_BcHAC: Tensor, start_BHA: Tensor, masks: DocumentMasks | None) -> tuple[Tensor, Tensor]:
         chunks, C = turn_BcHAC.shape[1], turn_BcHAC.shape[-1]
         ctx.masks = masks
-        inside = turn_BcHAC.double().cumsum(dim=-1)
-        if masks is not None:
-            index = masks.before_cC[None, :, None, None, :].expand(inside.shape)
-            inside = inside - inside.gather(-1, index.clamp(min=0)).masked_fill_(index < 0, 0.0)
+        inside = _running_sum(turn_BcHAC.flatten(2, 3).double(), masks).view(turn_BcHAC.shape)
         offsets = torch.empty(chunks + 1, *start_BHA.shape, device=inside.device, dtype=turn_BcHAC.dtype)
         offsets[0] = start_BHA
         ends_cBHA = inside[..., -1].transpose(0, 1).contiguous()
@@ -141,17 +132,27 @@ class _WrappedCumsum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
         d_theta_BcHAC, d_end_BHA = grads
-        B, chunks, H, A, C = d_theta_BcHAC.shape
-        flat = d_theta_BcHAC.permute(0, 2, 3, 1, 4).reshape(B, H, A, chunks * C).double()
-        flat[..., -1] += d_end_BHA
-        after = F.pad(flat.flip(-1).cumsum(dim=-1).flip(-1), (0, 1))
-        d_start = after[..., 0]
-        d_turn = after[..., :-1]
-        if ctx.masks is not None:
-            d_turn = d_turn - after[..., ctx.masks.end_S]
-            d_start = after[..., 0] - after[..., ctx.masks.end_S[0]]
-        d_turn = d_turn.view(B, H, A, chunks, C).permute(0, 3, 1, 2, 4)
-        return d_turn.to(d_theta_BcHAC.dtype), d_start.to(d_theta_BcHAC.dtype), None
+        masks: DocumentMasks | None = ctx.masks
+        chunks = d_theta_BcHAC.shape[1]
+        # Inside a chunk: the sum from each token to the end of the chunk or of its document.
+        if masks is None:
+            upto = d_theta_BcHAC.cumsum(dim=-1)
+            total = upto[..., -1:].clone()
+            d_turn = upto.neg_().add_(d_theta_BcHAC).add_(total)
+            carried_cBHA = total[..., 0].transpose(0, 1)
+        else:
+            d_turn = (d_theta_BcHAC.flatten(2, 3) @ masks.pair_cCC.to(d_theta_BcHAC.dtype)).view(d_theta_BcHAC.shape)
+            carried_cBHA = (d_theta_BcHAC * masks.carry_cC[None, :, None, None, :]).sum(dim=-1).transpose(0, 1)
+        # Between chunks, from the last to the first; summed in fp64, since a sequence has thousands of them.
+        later_cBHA = torch.empty(chunks, *d_end_BHA.shape, dtype=torch.float64, device=d_turn.device)
+        later_cBHA[-1] = d_end_BHA
+        through = [True] * chunks if masks is None else masks.through_c.tolist()
+        for c in range(chunks - 1, 0, -1):
+            later = carried_cBHA[c] + later_cBHA[c] if through[c] else carried_cBHA[c]
+            later_cBHA[c - 1].copy_(later)
+        onward = later_cBHA.transpose(0, 1)[..., None].to(d_turn.dtype)
+        d_turn.add_(onward if masks is None else onward * masks.leave_cC[None, :, None, None, :])
+        return d_turn, d_turn[:, 0, :, :, 0].clone(), None
 
 
 def wrapped_angles(

@@ -6,6 +6,7 @@ Not for arithmetic: every backend receives an already checked `MimoInputs` and t
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -158,7 +159,9 @@ def check_boundaries(cu_seqlens: Tensor, dims: Dims) -> list[int]:
     if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
         raise ValueError(f"cu_seqlens must be a 1-D integer tensor, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     bounds = [int(b) for b in cu_seqlens.tolist()]
-    increasing = all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
+    increasing = all(a < b for a, b in itertools.pairwise(bounds))
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != dims.S or not increasing:
-        raise ValueError(f"cu_seqlens must rise strictly from 0 to S={dims.S}, got {bounds[:8]}{'...' if len(bounds) > 8 else ''}")
+        raise ValueError(
+            f"cu_seqlens must rise strictly from 0 to S={dims.S}, got {bounds[:8]}{'...' if len(bounds) > 8 else ''}"
+        )
     return bounds

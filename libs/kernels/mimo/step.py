@@ -72,9 +72,7 @@ def mamba3_mimo_step(
     acc = accumulation_dtype(v.dtype)
     dt_BH, lam_BH = dt.to(acc), torch.sigmoid(trap.to(acc))
     alpha_BH = torch.exp(adt.to(acc))
-    angle_BHA = torch.remainder(
-        state.angle + torch.tanh(angles.to(acc)) * torch.pi * dt_BH[..., None], TWO_PI
-    )
+    angle_BHA = torch.remainder(state.angle + torch.tanh(angles.to(acc)) * torch.pi * dt_BH[..., None], TWO_PI)
     cos, sin = angle_BHA.cos()[..., None], angle_BHA.sin()[..., None]
     q_BHNR = _rotated_BHNR(q.to(acc), q_bias.to(acc), cos, sin, rotary_dim_divisor)
     k_BHNR = _rotated_BHNR(k.to(acc), k_bias.to(acc), cos, sin, rotary_dim_divisor)
@@ -95,9 +93,7 @@ def mamba3_mimo_step(
         y_BHPR = y_BHPR * scale * norm_weight.to(acc)[..., None]
     if z is not None and mimo_z is not None:
         y_BHPR = y_BHPR * F.silu(z.to(acc)[..., None] * mimo_z.to(acc).transpose(1, 2))
-    if mimo_out is None:
-        out = y_BHPR.permute(0, 3, 1, 2)
-    else:
-        out = (y_BHPR * mimo_out.to(acc).transpose(1, 2)).sum(dim=-1)
+    weighed = y_BHPR if mimo_out is None else y_BHPR * mimo_out.to(acc).transpose(1, 2)
+    out = weighed.permute(0, 3, 1, 2) if mimo_out is None else weighed.sum(dim=-1)
     new_state = MimoState(angle_BHA, h_BHPN, k_BHNR.permute(0, 3, 1, 2).to(state.k.dtype), v.to(state.x.dtype))
     return out.to(v.dtype if dtype is None else dtype), new_state

@@ -1,0 +1,270 @@
+"""The gates of fathom. libs/flags/README.md shows the same table, and a test compares the two.
+
+Not a place for mechanism: a gate is data, plus the rules that are only its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from libs.flags.facts import Facts
+from libs.flags.preconditions import capability, fact_true, needs, on_device, package
+from libs.flags.registry import Dependency, GateSpec, GateValue, Kind, Stage, build_catalog
+
+_SINCE = "0.1.0"
+_EXPIRY = "0.4.0"
+_SCAN_KERNELS = ("fwd", "bwd_fwd", "bwd_bwd")
+_HOPPER_RECIPES = ("delayed", "tensorwise", "blockwise")
+
+
+@needs(
+    "kernels.two_d",
+    "rank-2 shared tiles in fwd, bwd_fwd and bwd_bwd",
+    "ask for fwd only, or build the backward kernels in the 2-D layout",
+    values=("all",),
+)
+def _two_d_layout(_value: GateValue, facts: Facts) -> str | None:
+    missing = [kernel for kernel in _SCAN_KERNELS if kernel not in facts.two_d_kernels]
+    return f"needs rank-2 shared tiles, which these kernels lack: {', '.join(missing)}" if missing else None
+
+
+@needs(
+    "backend.psiv_stage",
+    "the stage on the chosen scan backend",
+    "ask for a stage that the backend has, or off",
+)
+def _psiv_stage(value: GateValue, facts: Facts) -> str | None:
+    if value in facts.psiv_stages:
+        return None
+    backend = facts.mimo_backend or "(none chosen)"
+    have = ", ".join(facts.psiv_stages) or "none"
+    return f"scan backend {backend} has no stage {value}; the stages it has: {have}"
+
+
+@needs(
+    "memory.psiv",
+    "B*S*H*R*P*2 bytes of free memory per Mamba layer",
+    "use a smaller micro-batch or sequence, or leave the cache off",
+)
+def _psiv_headroom(_value: GateValue, facts: Facts) -> str | None:
+    per_layer, layers, free = facts.psiv_bytes_per_layer, facts.n_mamba_layers, facts.free_memory_bytes
+    if per_layer is None or layers is None or free is None:
+        return "needs B*S*H*R*P*2 bytes per Mamba layer: the shape or the free memory is unknown here"
+    needed = per_layer * layers
+    if needed <= free:
+        return None
+    return f"needs {needed:,} bytes ({per_layer:,} for each of {layers} layers), free: {free:,}"
+
+
+@needs(
+    "shape.split_scan",
+    "B*H below the number of multiprocessors",
+    "use auto, which splits only where it fills the device, or off",
+    values=("on",),
+)
+def _too_few_blocks(_value: GateValue, facts: Facts) -> str | None:
+    blocks, processors = facts.batch_heads, facts.multiprocessors
+    if blocks is None or processors is None:
+        return "needs B*H below the number of multiprocessors: unknown here"
+    return None if blocks < processors else f"needs B*H below the {processors} multiprocessors, it is {blocks}"
+
+
+@needs("config.fp8_recipe", f"fp8 recipe {', '.join(_HOPPER_RECIPES)}", "set an fp8 recipe that sm_90 supports")
+def _fp8_recipe(_value: GateValue, facts: Facts) -> str | None:
+    if facts.fp8_recipe in _HOPPER_RECIPES:
+        return None
+    return f"needs an fp8 recipe of {', '.join(_HOPPER_RECIPES)}, found {facts.fp8_recipe or 'none'}"
+
+
+@needs("model.mtp_depth", "a model with MTP heads", "use a pattern with MTP depths, such as M-M-*-/*-")
+def _has_mtp_heads(_value: GateValue, facts: Facts) -> str | None:
+    depth = facts.mtp_depth
+    return None if depth is not None and depth > 0 else f"needs MTP heads, the model has {depth or 'none'}"
+
+
+@needs(
+    "inference.draft_length",
+    "draft length below the KV block size",
+    "draft fewer tokens or use larger blocks",
+)
+def _draft_fits_block(_value: GateValue, facts: Facts) -> str | None:
+    draft, block = facts.draft_length, facts.kv_block_size
+    if draft is None or block is None:
+        return "needs a draft length below the KV block size: unknown here"
+    return None if 0 < draft < block else f"needs a draft length in 1..{block - 1}, it is {draft}"
+
+
+_STATE_SLOTS = fact_true(
+    "state_slots", "recurrent-state slots to snapshot", "use memory_only, which never skips prefill"
+)._replace(values=("snapshots",))
+
+CATALOG: Mapping[str, GateSpec] = build_catalog(
+    [
+        GateSpec(
+            name="tma",
+            kind=Kind.ENUM,
+            values=("off", "fwd", "all"),
+            stage=Stage.SCAFFOLD,
+            since=_SINCE,
+            expiry=_EXPIRY,
+            owner="kernels",
+            summary="Bulk copies by the tensor memory accelerator in the scan kernels.",
+            preconditions=(on_device("cuda"), capability(9, 0), package("tilelang", "0.1.15"), _two_d_layout),
+        ),
+        GateSpec(
+            name="warp_specialization",
+            kind=Kind.ENUM,
+            values=("off", "fwd", "all"),
+            stage=Stage.SCAFFOLD,
+            since=_SINCE,
+            expiry=_EXPIRY,
+            owner="kernels",
+            summary="Producer and consumer warps in the scan kernels.",
+            preconditions=(on_device("cuda"), capability(9, 0), package("tilelang", "0.1.15"), _two_d_layout),
+            depends_on=(Dependency("fwd", "tma", ("fwd", "all")), Dependency("all", "tma", ("all",))),
+        ),
+        GateSpec(
+            name="psiv_cache",
+            kind=Kind.STAGES,
+            values=("off", "python_precompute", "gmem_pool", "bwd_fwd_reuse", "bwd_bwd_reuse"),
+            stage=Stage.SCAFFOLD,
+            since=_SINCE,
+            expiry=_EXPIRY,
+            owner="kernels",
+            summary="Keep x * mimo_x from forward to backward; each stage includes those before it.",
+            preconditions=(_psiv_stage, _psiv_headroom),
+        ),
+        GateSpec(
+            name="split_scan",
+            kind=Kind.ENUM,
+            values=("off", "auto", "on"),
+            stage=Stage.SCAFFOLD,
+            since=_SINCE,
+            expiry=_EXPIRY,
+            owner="kernels",
+            summary="Split the sequence over multiprocessors when batch * heads does not fill the device.",
+            preconditions=(
+                on_device("cuda"),
+                fact_true("split_scan_kernels", "built split-scan kernels", "build the split-scan kernels"),
+                _too_few_blocks,
+            ),
+        ),
+        GateSpec(
+            name="register_split",
+            kind=Kind.ENUM,
+            values=("off",),
+            stage=Stage.RETIRED,
+            since=_SINCE,
+            owner="kernels",
+            summary="Split bwd_bwd to lower its register count: rejected on the reverse scan's live set.",
+            decision="infra/decisions/0002-register-split-rejected.md",
+        ),
+        GateSpec(
+            name="cute_dsl",
+            kind=Kind.ENUM,
+            values=("off",),
+            stage=Stage.RETIRED,
+            since=_SINCE,
+            owner="kernels",
+            summary="A second kernel lane in CuTe DSL: useful as a reference, not carried.",
+            decision="infra/decisions/0003-cute-dsl-not-carried.md",
+        ),
+        GateSpec(
+            name="fp8_param_gather",
+            kind=Kind.BOOL,
+            values=("off", "on"),
+            stage=Stage.SCAFFOLD,
+            since=_SINCE,
+            expiry=_EXPIRY,
+            owner="parallel",
+            summary="Gather FP8 parameters instead of bf16 in the distributed optimizer.",
+            preconditions=(
+                on_device("cuda"),
+                capability(9, 0),
+                package("transformer-engine", "2.9", "2.12"),
+                fact_true("distributed_optimizer", "the megatron distributed optimizer", "use that optimizer"),
+                fact_true("bf16", "bf16 training", "train in bf16"),
+                _fp8_recipe,
+            ),
+        ),
+        GateSpec(
+            name="fused_linear_ce",
+            kind=Kind.ENUM,
+            values=("off", "liger"),
+            stage=Stage.SCAFFOLD,
+            since=_SINCE,
+            expiry=_EXPIRY,
+            owner="kernels",
+            summary="Liger's fused linear cross-entropy in place of the chunked one.",
+            preconditions=(
+                on_device("cuda"),
+                package("liger-kernel", "0.8.2"),
+                fact_true(
+                    "liger_selftest",
+                    "a passed self-test of the per-token gradients with non-uniform weights",
+                    "install a version that passes it, or leave the gate off",
+                ),
+            ),
+        ),
+        GateSpec(
+            name="xla_scan_layers",
+            kind=Kind.BOOL,
+            values=("off", "on"),
+            stage=Stage.SCAFFOLD,
+            since=_SINCE,
+            expiry=_EXPIRY,
+            owner="tpu",
+            summary="One traced layer scanned over the stack, for a shorter XLA compile.",
+            preconditions=(
+                on_device("tpu"),
+                package("torch-xla"),
+                fact_true(
+                    "homogeneous_stack",
+                    "a structurally homogeneous, traceable stack",
+                    "use a pattern of equal blocks, or leave the gate off (the plain loop)",
+                ),
+            ),
+        ),
+        GateSpec(
+            name="pallas_attention",
+            kind=Kind.BOOL,
+            values=("off", "on"),
+            stage=Stage.SCAFFOLD,
+            since=_SINCE,
+            expiry=_EXPIRY,
+            owner="tpu",
+            summary="Attention by a Pallas kernel on TPU.",
+            preconditions=(
+                on_device("tpu"),
+                package("jax"),
+                fact_true(
+                    "attention_in_tile_table",
+                    "attention shapes in the tile table",
+                    "use a shape of the table, or measure one and add it",
+                ),
+            ),
+        ),
+        GateSpec(
+            name="prefix_cache",
+            kind=Kind.ENUM,
+            values=("off", "memory_only", "snapshots"),
+            stage=Stage.SCAFFOLD,
+            since=_SINCE,
+            expiry=_EXPIRY,
+            owner="inference",
+            summary="Share KV blocks of equal prefixes; snapshots also skips prefill, never without a state.",
+            preconditions=(_STATE_SLOTS,),
+        ),
+        GateSpec(
+            name="mtp_speculation",
+            kind=Kind.BOOL,
+            values=("off", "on"),
+            stage=Stage.SCAFFOLD,
+            since=_SINCE,
+            expiry=_EXPIRY,
+            owner="inference",
+            summary="Draft tokens with the MTP heads and verify them in one pass.",
+            preconditions=(_has_mtp_heads, _draft_fits_block),
+        ),
+    ]
+)

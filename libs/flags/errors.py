@@ -1,0 +1,91 @@
+"""Errors a user can meet, and the exit status each one stands for.
+
+Not for our own mistakes: those are `assert`s and stay tracebacks, which is what their reader needs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+Entry = Callable[[Sequence[str] | None], int]
+
+
+class ExitStatus(IntEnum):
+    """What every command exits with. REQUEUE and GATE_REFUSED: EX_TEMPFAIL and EX_CONFIG of sysexits.h."""
+
+    OK = 0
+    FAILURE = 1
+    USAGE = 2
+    NONFINITE = 70
+    REQUEUE = 75
+    GATE_REFUSED = 78
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name closest to `name`, upper and lower case alike, or None when nothing is close."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[found[0]] if found else None
+
+
+class UserError(ValueError):
+    """Unusable input (exit 2). The message shows the value, what is allowed, and what to do."""
+
+    @classmethod
+    def unknown(cls, kind: str, name: str, known: Iterable[str]) -> UserError:
+        """The error for a name that is not in a closed list: shows the nearest one and the whole list."""
+        names = list(known)
+        close = nearest(name, names)
+        hint = f"; did you mean {close!r}?" if close is not None else ""
+        return cls(f"unknown {kind} {name!r}{hint} (known: {', '.join(names) or 'none'})")
+
+
+class Refusal(NamedTuple):
+    """Why one request was not honoured.
+
+    gate: its name, or None when the variable names no gate. value: as it was written. failures: every failed
+    precondition. remedies: what to do about it.
+    """
+
+    gate: str | None
+    variable: str
+    value: str
+    failures: tuple[str, ...]
+    remedies: tuple[str, ...]
+
+    def __str__(self) -> str:
+        subject = f"gate {self.gate}" if self.gate is not None else "no such gate"
+        lines = [f"{self.variable}={self.value} ({subject}) refused:"]
+        lines += [f"  - {failure}" for failure in self.failures]
+        lines += [f"  remedy: {remedy}" for remedy in self.remedies]
+        return "\n".join(lines)
+
+
+class GateRefused(RuntimeError):
+    """A requested gate cannot be honoured, so the run stops (exit 78). Holds every refusal, not one."""
+
+    def __init__(self, refusals: Iterable[Refusal]) -> None:
+        self.refusals: tuple[Refusal, ...] = tuple(refusals)
+        assert self.refusals, "a refusal without a reason"
+        super().__init__("\n".join(str(refusal) for refusal in self.refusals))
+
+
+def run_entry(main: Entry, argv: Sequence[str] | None = None) -> int:
+    """Run an entry point; the errors a user can meet become "error: ..." on stderr and an exit status."""
+    try:
+        return int(main(argv))
+    except GateRefused as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitStatus.GATE_REFUSED
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitStatus.USAGE
+    except BrokenPipeError:
+        # `fathom ... | head`: the reader has gone; without this, closing stdout would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitStatus.FAILURE

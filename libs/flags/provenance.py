@@ -1,0 +1,125 @@
+"""Where a run came from: code, packages, machine, command line, allow-listed variables. Never a credential.
+
+Not for devices: there is no torch here, so callers pass what they know in `extra`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from libs.flags.environment import REDACTED, allowed_variables, names_a_secret
+
+ROOT = Path(__file__).resolve().parents[2]
+_GIT_SECONDS = 30
+
+
+class GitState(NamedTuple):
+    """commit, dirty: None when unknown, with the reason. dirty_hash: over the changes, None when clean."""
+
+    commit: str | None
+    dirty: bool | None
+    dirty_hash: str | None
+    reason: str | None
+
+
+def snapshot(extra: Mapping[str, Any], *, root: Path = ROOT) -> dict[str, Any]:
+    """The fields of `events.EnvSnapshot`. extra: JSON values that only the caller knows."""
+    git = git_state(root)
+    cores = os.cpu_count() or 0
+    return {
+        "git_commit": git.commit,
+        "git_dirty": git.dirty,
+        "git_dirty_hash": git.dirty_hash,
+        "git_reason": git.reason,
+        "packages": package_versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_model(),
+        "cpu_count": cores,
+        "cpu_affinity": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores,
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "command": redact_command(sys.argv),
+        "variables": allowed_variables(),
+        "extra": dict(extra),
+    }
+
+
+def git_state(root: Path = ROOT) -> GitState:
+    """Commit and dirtiness of the checkout at `root`. No git and no checkout are answers, not errors."""
+    try:
+        commit = _git(root, "rev-parse", "--verify", "HEAD").decode().strip()
+        difference = _git(root, "diff", "--no-ext-diff", "--binary", "HEAD")
+        untracked = _git(root, "ls-files", "-z", "--others", "--exclude-standard")
+    except FileNotFoundError:
+        return GitState(None, None, None, "git is not installed")
+    except subprocess.TimeoutExpired:
+        return GitState(None, None, None, f"git took more than {_GIT_SECONDS} s")
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines()
+        return GitState(None, None, None, f"git: {said[0] if said else error.returncode}")
+    names = sorted(name for name in untracked.decode("utf-8", "surrogateescape").split("\0") if name)
+    if not difference and not names:
+        return GitState(commit, False, None, None)
+    return GitState(commit, True, _dirty_hash(root, difference, names), None)
+
+
+def _dirty_hash(root: Path, difference: bytes, names: Sequence[str]) -> str:
+    digest = hashlib.sha256(difference)
+    for name in names:
+        path = root / name
+        # A link is what it points to, and a file can vanish between the listing and here.
+        content = os.readlink(path).encode() if path.is_symlink() else _content(path)
+        digest.update(f"\0{name}\0{len(content)}\0".encode("utf-8", "surrogateescape") + content)
+    return digest.hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b"unreadable"
+
+
+def _git(root: Path, *arguments: str) -> bytes:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, timeout=_GIT_SECONDS).stdout
+
+
+def package_versions() -> dict[str, str]:
+    """Name -> version of every installed distribution."""
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
+
+
+def cpu_model() -> str:
+    """The processor's name: /proc/cpuinfo where there is one, else what the platform says."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model"):
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def redact_command(command: Sequence[str]) -> list[str]:
+    """The command line without the values of options that name a secret (--x.token V, --x.token=V)."""
+    shown: list[str] = []
+    hide_next = False
+    for argument in command:
+        option, equals, _ = argument.partition("=")
+        secret = option.startswith("-") and names_a_secret(option)
+        if hide_next and not argument.startswith("-"):
+            shown.append(REDACTED)
+        else:
+            shown.append(f"{option}={REDACTED}" if secret and equals else argument)
+        hide_next = secret and not equals
+    return shown

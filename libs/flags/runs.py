@@ -1,0 +1,165 @@
+"""Reading runs back: finding a run directory, its ranks, its anchors, and which gates it had.
+
+Not for writing one, and not for judging the run log (see `logcheck`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from libs.flags.audit_record import Anchor, audit_path, read_audit
+from libs.flags.errors import UserError, nearest
+from libs.flags.registry import GateValue
+from libs.flags.runlog import log_path, read_events
+from libs.flags.verify import VerifyResult, verify_chain
+
+RUNS = Path("runs")
+_RANK_FILE = re.compile(r"rank(\d{5})\.jsonl")
+_OUTCOMES = ("off", "refused", "active")
+
+
+class RunGate(NamedTuple):
+    """An outcome (off, refused or active) and value that a gate had in a run, and in which attempts."""
+
+    outcome: str
+    value: GateValue | None
+    stage: str | None
+    exposed: bool
+    attempts: tuple[int, ...]
+
+
+class RunGates(NamedTuple):
+    """The gates of a run, over all of its attempts: a gate has several entries if the attempts differ.
+
+    attempts: all of them that resolved gates. unknown: refused variables that name no gate.
+    """
+
+    run: str
+    started: str | None
+    attempts: tuple[int, ...]
+    gates: dict[str, tuple[RunGate, ...]]
+    unknown: tuple[str, ...]
+
+
+def is_run(path: Path) -> bool:
+    return (path / "logs").is_dir() or (path / "audit").is_dir()
+
+
+def find_run(name: str) -> Path:
+    """The run directory that `name` means: a path, a name under runs/, or a file holding one (runs/latest).
+
+    Raises:
+        UserError: there is none; the message names the runs that are near.
+    """
+    for path in (Path(name), RUNS / name):
+        if path.is_file():
+            target = path.read_text(encoding="utf-8", errors="replace").strip()
+            path = next((p for p in (Path(target), path.parent / target) if target and is_run(p)), path)
+        if is_run(path):
+            return path
+    wanted = Path(name)
+    if wanted.exists():
+        raise UserError(f"{name} is not a run directory: it has no logs/ and no audit/")
+    folder = wanted.parent if wanted.parent.is_dir() and wanted.parent != Path(".") else RUNS
+    names = [path.name for path in list_runs(folder)]
+    close = nearest(wanted.name, names)
+    hint = f"; did you mean {folder / close}?" if close else ""
+    listed = f"runs in {folder}: {', '.join(names[-10:])}" if names else f"there are no runs in {folder}"
+    raise UserError(f"no run at {name}{hint} ({listed})")
+
+
+def list_runs(folder: Path) -> list[Path]:
+    """The run directories in `folder`, by name; not links, so that runs/latest does not count twice."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if not path.is_symlink() and is_run(path))
+
+
+def ranks(run: Path) -> list[int]:
+    """Every rank that has a log or an audit chain."""
+    files = [*(run / "logs").glob("rank*.jsonl"), *(run / "audit").glob("rank*.jsonl")]
+    return sorted({int(match.group(1)) for file in files if (match := _RANK_FILE.fullmatch(file.name))})
+
+
+def run_id(run: Path, rank: int) -> str | None:
+    """The id in the run log, or None when this rank has no log."""
+    if not log_path(run, rank).is_file():
+        return None
+    for record in read_events(run, rank=rank):
+        return str(record.get("run_id"))
+    return None
+
+
+def collect_anchors(run: Path, rank: int = 0) -> dict[str, Anchor]:
+    """Where an anchor was found -> the anchor: the run log of this rank and, for rank 0, the checkpoints."""
+    found: dict[str, Anchor] = {}
+    if log_path(run, rank).is_file():
+        for number, record in enumerate(read_events(run, rank=rank), start=1):
+            text = record.get("audit_anchor")
+            if text is not None:
+                found[f"run log line {number} ({record.get('event')})"] = Anchor.parse(str(text))
+    if rank == 0:
+        for state in sorted((run / "checkpoints").glob("*/trainer.json")):
+            # Only a committed checkpoint vouches for anything.
+            if (state.parent / "COMMITTED").exists():
+                found |= {f"checkpoint {state.parent.name}": anchor for anchor in _checkpoint_anchor(state)}
+    return found
+
+
+def _checkpoint_anchor(state: Path) -> Iterable[Anchor]:
+    try:
+        text = json.loads(state.read_bytes()).get("audit_anchor")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{state} is not readable: {error}") from error
+    return [] if text is None else [Anchor.parse(str(text))]
+
+
+def verify_run(run: Path, extra: Iterable[Anchor] = ()) -> dict[int, VerifyResult]:
+    """Rank -> the verdict on its chain, against every anchor found. extra: anchors for rank 0 kept elsewhere.
+
+    Raises:
+        UserError: the run has no audit chain at all and nothing says that it had one.
+    """
+    results: dict[int, VerifyResult] = {}
+    for rank in ranks(run):
+        anchors = set(collect_anchors(run, rank).values()) | (set(extra) if rank == 0 else set())
+        results[rank] = verify_chain(audit_path(run, rank), anchors, run_id=run_id(run, rank), rank=rank)
+    if not any(audit_path(run, rank).is_file() for rank in results) and all(
+        result.status != "tampered" for result in results.values()
+    ):
+        raise UserError(f"{run} has no audit chain (audit/rank00000.jsonl)")
+    return results
+
+
+def run_gates(run: Path) -> RunGates:
+    """The gates of a run, as rank 0's audit chain has them (unverified: see `verify_run`)."""
+    records = read_audit(audit_path(run))
+    found: dict[str, dict[tuple[str, str], RunGate]] = {}
+    current: dict[str, tuple[str, str]] = {}
+    attempts: dict[int, None] = {}
+    unknown: dict[str, None] = {}
+    for record in records:
+        gate, event, attempt = record["gate"], record["event"], int(record["attempt"])
+        if event in _OUTCOMES:
+            attempts[attempt] = None
+        if event in _OUTCOMES and gate is None:
+            unknown[str(record["source"])] = None
+        elif event in _OUTCOMES:
+            key = current[gate] = (event, repr(record["value"]))
+            fresh = RunGate(event, record["value"], record["stage"], exposed=False, attempts=())
+            entry = found.setdefault(gate, {}).get(key, fresh)
+            found[gate][key] = entry._replace(attempts=(*entry.attempts, attempt))
+        elif event == "exposed" and gate in current:
+            found[gate][current[gate]] = found[gate][current[gate]]._replace(exposed=True)
+    started = str(records[0]["ts"]) if records else None
+    gates = {gate: tuple(entries.values()) for gate, entries in found.items()}
+    return RunGates(run.name, started, tuple(attempts), gates, tuple(unknown))
+
+
+def as_json(gates: RunGates) -> dict[str, Any]:
+    rows = {name: [entry._asdict() for entry in entries] for name, entries in gates.gates.items()}
+    return gates._asdict() | {"gates": rows}

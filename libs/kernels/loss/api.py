@@ -1,0 +1,79 @@
+"""Per-token negative log-likelihood of a linear head, without the T x V logits.
+
+Not for reductions (mean, sum, bits per byte): the caller owns those, and each token's gradient is its own.
+"""
+# T tokens  V vocabulary  D hidden
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from libs.kernels.backend import Choice, Probe, pick
+from libs.kernels.loss.chunked import default_chunk_tokens, linear_cross_entropy_chunked, no_autocast
+from libs.kernels.loss.reference import linear_cross_entropy_reference
+
+_DEVICES = ("cpu", "cuda", "meta")
+
+
+def _probe(device_type: str) -> str | None:
+    return None if device_type in _DEVICES else f"it needs one of {', '.join(_DEVICES)}"
+
+
+BACKENDS: Mapping[str, Probe] = {"chunked": _probe, "reference": _probe}
+
+
+def choose_backend(requested: str, device: torch.device) -> Choice:
+    """Resolve "auto" | "chunked" | "reference" on `device`. Raises ValueError when one cannot run there."""
+    return pick("linear_cross_entropy", requested, device.type, BACKENDS)
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    *,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """nll[t] = logsumexp_v(hidden[t] . weight[v]) - hidden[t] . weight[labels[t]], and 0 where ignored.
+
+    Matrix products run in the operands' dtype (under autocast: in its dtype), everything after them in fp32
+    (fp64 for fp64 operands); the weight's gradient accumulates in fp32.
+
+    Args:
+        hidden_TD, weight_VD: floating point; labels_T: integers in [0, V) or `ignore_index`.
+        chunk_tokens: tokens whose logits exist at one time; None picks by vocabulary and device.
+        backend: "auto", "chunked" or "reference" (which does hold T x V, and refuses nothing else).
+
+    Returns:
+        (T,) fp32 (fp64 for fp64 operands), differentiable in hidden and weight with any per-token gradient.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, `chunk_tokens` < 1, or a backend that cannot run here.
+    """
+    if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
+        raise ValueError(
+            f"hidden (T,D) and weight (V,D) expected, got {tuple(hidden_TD.shape)}, {tuple(weight_VD.shape)}"
+        )
+    if labels_T.shape != hidden_TD.shape[:1] or labels_T.is_floating_point():
+        raise ValueError(
+            f"labels must be integers of shape ({hidden_TD.shape[0]},), got {labels_T.dtype} {tuple(labels_T.shape)}"
+        )
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    device_type = hidden_TD.device.type
+    choice = choose_backend(backend, hidden_TD.device)
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
+    if hidden_TD.dtype != weight_VD.dtype:
+        raise ValueError(f"hidden and weight must have one dtype, got {hidden_TD.dtype} and {weight_VD.dtype}")
+    with no_autocast(device_type):
+        if choice.value == "reference":
+            return linear_cross_entropy_reference(hidden_TD, weight_VD, labels_T, ignore_index)
+        chunk = chunk_tokens or default_chunk_tokens(weight_VD.shape[0], device_type)
+        return linear_cross_entropy_chunked(hidden_TD, weight_VD, labels_T, ignore_index, chunk)

@@ -1,0 +1,67 @@
+"""The attention layer: projections, rotary positions that restart at every document, and its decode state.
+
+Not the operator itself (libs.kernels.attention), and not paged decode: the state here grows by copying.
+"""
+# B sequences  S tokens  T cached tokens  H query heads  G key/value heads  D hidden  K head width  E rotary
+# pairs
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from libs.kernels.attention import attention
+from libs.model.config import AttentionConfig
+from libs.model.layers import ForwardContext, Projection
+
+
+class KvState(NamedTuple):
+    """Keys (rotated) and values of the tokens so far, each (B, T, G, K)."""
+
+    k: Tensor
+    v: Tensor
+
+
+def rotate(x_BSHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs (e, e + K/2): (a, b) -> (a cos - b sin, a sin + b cos), keeping the dtype."""
+    cos_S1E, sin_S1E = (table_SE[:, None] for table_SE in rope)
+    a, b = x_BSHK.chunk(2, dim=-1)
+    return torch.cat([a * cos_S1E - b * sin_S1E, a * sin_S1E + b * cos_S1E], dim=-1).to(x_BSHK.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention, no biases."""
+
+    def __init__(self, hidden_size: int, config: AttentionConfig) -> None:
+        super().__init__()
+        self.nheads, self.kv_heads, self.head_dim = config.nheads, config.kv_heads, config.head_dim
+        self.qkv = Projection(hidden_size, (config.nheads + 2 * config.kv_heads) * config.head_dim)
+        self.out = Projection(config.nheads * config.head_dim, hidden_size, role="output")
+
+    def _qkv(self, x_BSD: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        assert context.rope is not None, "a pattern with '*' computes rotary tables once per pass"
+        heads = self.nheads + self.kv_heads
+        packed = self.qkv(x_BSD).unflatten(-1, (heads + self.kv_heads, self.head_dim))
+        # Queries and keys rotate together: one pass over memory instead of two.
+        qk = rotate(packed[:, :, :heads], context.rope)
+        return qk[:, :, : self.nheads], qk[:, :, self.nheads :], packed[:, :, heads:]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, causal: bool = True) -> Tensor:
+        assert context.attention_backend is not None, "a pattern with '*' resolves its backend"
+        out_BSHK = attention(q, k, v, cu_seqlens=context.bounds, causal=causal, backend=context.attention_backend)
+        out_BSD: Tensor = self.out(out_BSHK.flatten(2))
+        return out_BSD
+
+    def forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
+        return self._attend(*self._qkv(x_BSD, context), context)
+
+    def prefill(self, x_BSD: Tensor, context: ForwardContext) -> tuple[Tensor, KvState]:
+        q, k, v = self._qkv(x_BSD, context)
+        return self._attend(q, k, v, context), KvState(k, v)
+
+    def step(self, x_B1D: Tensor, context: ForwardContext, state: KvState) -> tuple[Tensor, KvState]:
+        q, k, v = self._qkv(x_B1D, context)
+        state = KvState(torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1))
+        return self._attend(q, state.k, state.v, context, causal=False), state

@@ -1,0 +1,109 @@
+"""The two small modules every block is made of, and what a forward pass tells all of them.
+
+Not a place for blocks themselves: those are `mixer`, `attention`, `mlp` and `block`.
+"""
+# B sequences  S tokens  D hidden  E rotary pairs (head_dim / 2)
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Role = Literal["input", "output"]
+
+
+class ForwardContext(NamedTuple):
+    """What every block of one forward pass shares.
+
+    Attributes:
+        cu_seqlens: (n + 1,) document boundaries of a packed row, None when each row is one document.
+        bounds: the same as Python integers, read from the device once per pass.
+        rope: cos and sin, each (S, E), of positions that restart at every document; None without attention.
+        mimo_backend, attention_backend: resolved names, never "auto"; None where the pattern has no such
+            layer.
+    """
+
+    cu_seqlens: Tensor | None
+    bounds: list[int] | None
+    rope: tuple[Tensor, Tensor] | None
+    mimo_backend: str | None
+    attention_backend: str | None
+
+
+class Projection(nn.Linear):
+    """A linear map without bias, left uninitialised until `init` fills it by role.
+
+    role: "output" for the last map of a residual block, which is scaled down by depth; "input" for all
+    others.
+    """
+
+    def __init__(self, in_features: int, out_features: int, role: Role = "input") -> None:
+        self.role: Role = role
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Nothing: see `libs.model.init`."""
+
+
+class TokenEmbedding(nn.Embedding):
+    """A table of embeddings, left uninitialised until `init` fills it."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: see `libs.model.init`."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, in x's dtype with statistics in fp32 or better."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """fp32, or fp64 unchanged."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def rope_tables(positions_S: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (S, head_dim / 2), of position * theta^(-2e / head_dim) (Su et al. 2021)."""
+    exponent_E = torch.arange(0, head_dim, 2, device=positions_S.device, dtype=dtype) / head_dim
+    angle_SE = positions_S.to(dtype)[:, None] * torch.pow(theta, -exponent_E)
+    return angle_SE.cos(), angle_SE.sin()
+
+
+def document_bounds(tokens_BS: Tensor, cu_seqlens: Tensor | None) -> list[int] | None:
+    """Boundaries as Python integers, 0 = b_0 < ... < b_n = S; None when every row is one document.
+
+    Raises:
+        ValueError: tokens that are not (B, S) with S >= 1, or boundaries that do not fit them.
+    """
+    if tokens_BS.dim() != 2 or tokens_BS.shape[1] == 0:
+        raise ValueError(f"tokens must be (B,S) with S >= 1, got {tuple(tokens_BS.shape)}")
+    if cu_seqlens is None:
+        return None
+    bounds = [int(bound) for bound in cu_seqlens.flatten().tolist()]
+    rising = all(a < b for a, b in pairwise(bounds))
+    if tokens_BS.shape[0] != 1 or len(bounds) < 2 or (bounds[0], bounds[-1]) != (0, tokens_BS.shape[1]) or not rising:
+        shown = f"{bounds[:8]}{'...' if len(bounds) > 8 else ''}"
+        raise ValueError(
+            f"cu_seqlens must rise strictly from 0 to S with B=1: got {shown} for {tuple(tokens_BS.shape)}"
+        )
+    return bounds
+
+
+def document_positions(seq_len: int, bounds: list[int] | None, device: torch.device) -> Tensor:
+    """(S,) position of each token inside its own document."""
+    positions_S = torch.arange(seq_len, device=device)
+    if bounds is None:
+        return positions_S
+    edges = torch.tensor(bounds, device=device)
+    return positions_S - edges[:-1].repeat_interleave(edges.diff(), output_size=seq_len)

@@ -1,0 +1,150 @@
+"""The Mamba-3 MIMO mixer around the scan: projections, dt and A, the norms of B and C, parameters and their
+precision.
+
+Mathematics and packing order are MAMBA3.md's; the recurrence itself is libs.kernels.mimo.
+"""
+# B sequences  S tokens  D hidden  H heads  P headdim  G groups  R rank  N state  A angles
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from libs.flags.errors import UserError
+from libs.kernels.mimo import MimoState, mamba3_mimo, mamba3_mimo_step
+from libs.model.config import AActivation, MixerConfig
+from libs.model.layers import ForwardContext, Projection, RMSNorm, at_least_fp32
+
+# Kept fp32 in a bf16 model: rounding dt_bias or A's factors changes decay over thousands of tokens.
+FP32_PARAMETERS = ("dt_bias", "D", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o")
+BC_NORM_EPS = 1e-5
+
+
+def a_activation(x: Tensor, kind: AActivation) -> Tensor:
+    """-A before the floor. softplus, or heavy_tail: 1 + x for x >= 0, 1 / (1 - x) for x < 0."""
+    if kind == "softplus":
+        return F.softplus(x)
+    # The clamp keeps the branch not taken away from its pole at x = 1, whose gradient would be inf * 0.
+    return torch.where(x >= 0, 1 + x, 1 / (1 - x.clamp(max=0)))
+
+
+class _Operands(NamedTuple):
+    """Operands of the scan, token axis second: (B,S,...)."""
+
+    q_BSRGN: Tensor
+    k_BSRGN: Tensor
+    v_BSHP: Tensor
+    z_BSHP: Tensor
+    adt_BSH: Tensor
+    dt_BSH: Tensor
+    trap_BSH: Tensor
+    angles_BSHA: Tensor
+
+
+class MambaMixer(nn.Module):
+    """u (B,S,D) -> (B,S,D). `in_proj` packs [z, x, B, C, dd_dt, dd_A, trap]; B and C lie as (g, r, n)."""
+
+    def __init__(self, hidden_size: int, config: MixerConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads, rank = config.nheads, config.mimo_rank
+        self.in_proj = Projection(hidden_size, sum(config.packed_widths))
+        self.angle_proj = Projection(hidden_size, config.angles)
+        self.out_proj = Projection(config.inner, hidden_size, role="output")
+        self.B_norm = RMSNorm(config.d_state, BC_NORM_EPS)
+        self.C_norm = RMSNorm(config.d_state, BC_NORM_EPS)
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads))
+        self.B_bias = nn.Parameter(torch.empty(heads, rank, config.d_state))
+        self.C_bias = nn.Parameter(torch.empty(heads, rank, config.d_state))
+        self.mimo_x = nn.Parameter(torch.empty(heads, rank, config.headdim))
+        self.mimo_z = nn.Parameter(torch.empty(heads, rank, config.headdim))
+        self.mimo_o = nn.Parameter(torch.empty(heads, rank, config.headdim))
+        self.out_norm = nn.Parameter(torch.empty(heads, config.headdim)) if config.outproj_norm else None
+
+    def _operands(self, u_BSD: Tensor) -> _Operands:
+        cfg = self.config
+        if self.dt_bias.dtype not in (torch.float32, torch.float64):
+            raise UserError(
+                f"mixer parameters {', '.join(FP32_PARAMETERS)} must stay fp32, got {self.dt_bias.dtype}; "
+                "cast a model with libs.model.cast_model, not with .to(dtype)"
+            )
+        z, x, b, c, dd_dt, dd_a, trap = self.in_proj(u_BSD).split(cfg.packed_widths, dim=-1)
+        grn = (cfg.ngroups, cfg.mimo_rank, cfg.d_state)
+        k_BSRGN = self.B_norm(b.unflatten(-1, grn)).transpose(2, 3)
+        q_BSRGN = self.C_norm(c.unflatten(-1, grn)).transpose(2, 3)
+        dt_BSH = F.softplus(at_least_fp32(dd_dt) + self.dt_bias)
+        decay_BSH = a_activation(at_least_fp32(dd_a), cfg.a_activation).clamp(min=cfg.a_floor)
+        angles_BS1A = at_least_fp32(self.angle_proj(u_BSD)).unsqueeze(2)
+        heads = (cfg.nheads, cfg.headdim)
+        return _Operands(
+            q_BSRGN=q_BSRGN,
+            k_BSRGN=k_BSRGN,
+            v_BSHP=x.unflatten(-1, heads),
+            z_BSHP=z.unflatten(-1, heads),
+            adt_BSH=-decay_BSH * dt_BSH,
+            dt_BSH=dt_BSH,
+            trap_BSH=at_least_fp32(trap),
+            angles_BSHA=angles_BS1A.expand(-1, -1, cfg.nheads, -1),
+        )
+
+    def _scan(self, u_BSD: Tensor, context: ForwardContext, return_state: bool) -> Any:
+        assert context.mimo_backend is not None, "a pattern with 'M' resolves its backend"
+        ops = self._operands(u_BSD)
+        return mamba3_mimo(
+            ops.q_BSRGN,
+            ops.k_BSRGN,
+            ops.v_BSHP,
+            ops.adt_BSH.transpose(1, 2),
+            ops.dt_BSH.transpose(1, 2),
+            ops.trap_BSH.transpose(1, 2),
+            self.C_bias,
+            self.B_bias,
+            self.mimo_x,
+            self.mimo_z,
+            self.mimo_o,
+            ops.angles_BSHA,
+            self.D,
+            ops.z_BSHP,
+            self.config.chunk_size,
+            self.config.rotary_dim_divisor,
+            ops.v_BSHP.dtype,
+            return_state,  # type: ignore[call-overload]
+            context.cu_seqlens,
+            norm_weight=self.out_norm,
+            backend=context.mimo_backend,
+        )
+
+    def forward(self, u_BSD: Tensor, context: ForwardContext) -> Tensor:
+        out: Tensor = self.out_proj(self._scan(u_BSD, context, False).flatten(2))
+        return out
+
+    def prefill(self, u_BSD: Tensor, context: ForwardContext) -> tuple[Tensor, MimoState]:
+        y_BSHP, state = self._scan(u_BSD, context, True)
+        return self.out_proj(y_BSHP.flatten(2)), state
+
+    def step(self, u_B1D: Tensor, context: ForwardContext, state: MimoState) -> tuple[Tensor, MimoState]:
+        ops = _Operands(*(operand.squeeze(1) for operand in self._operands(u_B1D)))
+        y_BHP, state = mamba3_mimo_step(
+            state,
+            ops.q_BSRGN,
+            ops.k_BSRGN,
+            ops.v_BSHP,
+            ops.adt_BSH,
+            ops.dt_BSH,
+            ops.trap_BSH,
+            self.C_bias,
+            self.B_bias,
+            self.mimo_x,
+            self.mimo_z,
+            self.mimo_o,
+            ops.angles_BSHA,
+            self.D,
+            ops.z_BSHP,
+            rotary_dim_divisor=self.config.rotary_dim_divisor,
+            norm_weight=self.out_norm,
+        )
+        return self.out_proj(y_BHP.flatten(1)).unsqueeze(1), state

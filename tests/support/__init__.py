@@ -1,0 +1,1 @@
+"""What several test folders share. Never imported by shipped code."""

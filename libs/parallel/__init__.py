@@ -1,1 +1,1 @@
-"""The only layer that imports megatron-core: datasets on disk now, process groups and tensor parallelism as they land."""
+"""The only layer that imports megatron-core: its indexed dataset now; process groups and sharding as they land."""

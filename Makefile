@@ -1,0 +1,49 @@
+# Two commands do everything on a fresh machine: `make train` and `make test`.
+# PYTHON picks the interpreter for the virtual environment (3.11).
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.fathom-installed
+CORPUS := data/installed_cpp
+
+.PHONY: setup train test test-slow check format bench clean
+
+setup: $(STAMP)
+
+# Reinstalled only when the declared dependencies change, so that a second `make train` installs nothing.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info[:2] != (3, 11))" || { echo "error: '$(PYTHON)' is not Python 3.11; set PYTHON=..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,eval]'
+	touch $@
+
+train: setup
+	$(BIN)/fathom data build --source installed --out $(CORPUS)
+	$(BIN)/fathom train --recipe cpu_demo
+	$(BIN)/fathom eval --checkpoint runs/latest --suite loss_by_position
+	$(BIN)/fathom report runs/latest
+
+# Everything but the tests marked slow, in two processes of one thread each.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal -q
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow -q
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/fathom bench ops --device cpu --receipt-dir infra/receipts
+
+clean:
+	rm -rf $(VENV) data runs .pytest_cache .mypy_cache .ruff_cache

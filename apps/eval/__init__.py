@@ -1,0 +1,1 @@
+"""Evaluation: suites over a checkpoint, benchmarks with receipts, and the report of a run; not training."""

@@ -1,0 +1,1 @@
+"""Benchmarks: interleaved, behind a correctness gate, and written down as receipts."""

@@ -1,0 +1,222 @@
+"""The receipt: what a benchmark measured, on what, with how many samples, and what was decided.
+
+Not for measuring (ops.py) or printing (table.py). A receipt with a red correctness check cannot be built.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+from apps.eval.intervals import paired_ratio
+
+SCHEMA_VERSION: Literal[1] = 1
+FILE_NAME = "receipt.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Code(_Record):
+    """Which code ran. The git fields are None when unknown, with the reason."""
+
+    version: str
+    git_commit: str | None
+    git_dirty: bool | None
+    git_dirty_hash: str | None
+    git_reason: str | None
+
+
+class Hardware(_Record):
+    """machine: the name a reader knows it by. threads: those that torch used."""
+
+    machine: str = Field(min_length=1)
+    device: Literal["cpu", "cuda"]
+    cpu: str
+    cpu_count: int = Field(ge=1)
+    cpu_affinity: int = Field(ge=1)
+    threads: int = Field(ge=1)
+    memory_bytes: int = Field(gt=0)
+    load_before: float = Field(ge=0, description="1-minute load average just before: how alone the machine was")
+
+
+class Sampled(_Record):
+    """One contender's samples in seconds, in round order: sample i of two contenders is a pair."""
+
+    name: str
+    what: str
+    samples_s: list[float] = Field(min_length=1)
+    n: int
+    mean_s: float
+    std_s: float | None = Field(description="sample standard deviation; null with one sample")
+    min_s: float
+    flops: float | None = None
+    warm_up: bool
+
+    @classmethod
+    def of(cls, name: str, what: str, samples_s: Sequence[float], *, flops: float | None, warm_up: bool) -> Sampled:
+        """The record of these samples with their mean, deviation and minimum."""
+        return cls(
+            name=name,
+            what=what,
+            samples_s=list(samples_s),
+            n=len(samples_s),
+            mean_s=statistics.fmean(samples_s),
+            std_s=statistics.stdev(samples_s) if len(samples_s) > 1 else None,
+            min_s=min(samples_s),
+            flops=flops,
+            warm_up=warm_up,
+        )
+
+    @model_validator(mode="after")
+    def _summary_follows_from_samples(self) -> Self:
+        if any(seconds <= 0 for seconds in self.samples_s):
+            raise ValueError(f"{self.name}: a sample is not a positive time")
+        stated = (self.n, self.mean_s, self.min_s)
+        actual = (len(self.samples_s), statistics.fmean(self.samples_s), min(self.samples_s))
+        if any(abs(s - a) > 1e-9 * max(1.0, abs(a)) for s, a in zip(stated, actual, strict=True)):
+            raise ValueError(f"{self.name}: states n, mean, min = {stated}, its samples give {actual}")
+        return self
+
+
+class Ratio(_Record):
+    """scale * numerator time / denominator time: geometric mean over pairs with its 95 % t-interval."""
+
+    name: str
+    numerator: str
+    denominator: str
+    scale: float
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @classmethod
+    def of(cls, name: str, numerator: Sampled, denominator: Sampled, *, scale: float = 1.0) -> Ratio:
+        """The ratio of two contenders' paired samples; the interval is null for one pair."""
+        value, interval = paired_ratio(numerator.samples_s, denominator.samples_s)
+        return cls(
+            name=name,
+            numerator=numerator.name,
+            denominator=denominator.name,
+            scale=scale,
+            value=scale * value,
+            low=None if interval is None else scale * interval.low,
+            high=None if interval is None else scale * interval.high,
+            n=min(numerator.n, denominator.n),
+        )
+
+
+class Memory(_Record):
+    """Peak extra bytes of forward+backward; see bench/memory.py for the two methods."""
+
+    name: str
+    seq_len: int
+    input_bytes: int
+    allocator_bytes: int
+    resident_bytes: int | None = Field(description="null where the system does not tell")
+    extra_bytes: int = Field(description="the larger of the two readings")
+    multiple: float = Field(description="extra_bytes / input_bytes")
+
+
+class Check(_Record):
+    """One correctness comparison, made in the same process just before the timing."""
+
+    name: str
+    error: float
+    tolerance: float
+    passed: bool
+
+
+class Aim(_Record):
+    """A figure to reach, the one measured, and whether it is met (by the value, not by its interval)."""
+
+    name: str
+    measured: float
+    relation: Literal[">=", "<=", "<"]
+    target: float
+    met: bool
+
+
+class LeftOut(_Record):
+    name: str
+    reason: str
+
+
+class Decision(_Record):
+    """record: a baseline measurement that decides about no change."""
+
+    value: Literal["record", "kept", "noise", "rejected"]
+    reason: str = Field(min_length=1)
+
+
+class Receipt(_Record):
+    """Everything needed to judge and to repeat one benchmark."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    what: str
+    subject: str = Field(pattern=r"^[a-z0-9_]+$")
+    created: str = Field(pattern=r"^\d{4}-\d\d-\d\dT")
+    command: list[str]
+    code: Code
+    config: dict[str, JsonValue]
+    config_hash: str
+    gates_hash: str
+    gates: dict[str, JsonValue]
+    hardware: Hardware
+    versions: dict[str, str]
+    correctness: list[Check] = Field(min_length=1)
+    contenders: list[Sampled] = Field(min_length=1)
+    ratios: list[Ratio]
+    memory: list[Memory]
+    aims: list[Aim]
+    left_out: list[LeftOut]
+    notes: list[str]
+    decision: Decision
+
+    @field_validator("correctness")
+    @classmethod
+    def _green(cls, checks: list[Check]) -> list[Check]:
+        red = [check.name for check in checks if not check.passed or check.error > check.tolerance]
+        if red:
+            raise ValueError(f"no receipt without a green correctness gate; red: {', '.join(red)}")
+        return checks
+
+    def contender(self, name: str) -> Sampled:
+        """The contender of that name. KeyError when it did not run."""
+        for sampled in self.contenders:
+            if sampled.name == name:
+                return sampled
+        raise KeyError(name)
+
+    def directory_name(self) -> str:
+        """<date>_<subject>_<hardware>, as infra/receipts names its folders."""
+        hardware = re.sub(r"[^a-z0-9]+", "-", self.hardware.machine.lower()).strip("-")
+        return f"{self.created[:10]}_{self.subject}_{hardware}"
+
+
+def write_receipt(receipt: Receipt, parent: Path) -> Path:
+    """Write PARENT/<date>_<subject>_<hardware>/receipt.json and return its path.
+
+    A second receipt of that day and subject gets a running number: a receipt is never overwritten.
+    """
+    directory = parent / receipt.directory_name()
+    number = 2
+    while directory.exists():
+        directory = parent / f"{receipt.directory_name()}_{number}"
+        number += 1
+    directory.mkdir(parents=True)
+    path = directory / FILE_NAME
+    path.write_text(receipt.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def read_receipt(path: Path) -> Receipt:
+    """Read and validate. pydantic.ValidationError when the file does not keep the schema."""
+    return Receipt.model_validate_json(path.read_text(encoding="utf-8"))

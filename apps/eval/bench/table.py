@@ -1,0 +1,82 @@
+"""A receipt as tables for a terminal. Not for machines: those read the JSON."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from apps.eval.bench.receipt import Ratio, Receipt
+
+
+def print_receipt(receipt: Receipt, console: Console) -> None:
+    """Correctness first, then times, ratios, memory, aims, and what was left out."""
+    hardware = receipt.hardware
+    commit = (receipt.code.git_commit or receipt.code.git_reason or "unknown")[:12]
+    dirty = " with uncommitted changes" if receipt.code.git_dirty else ""
+    console.print(f"[bold]{receipt.what}[/bold]", highlight=False, soft_wrap=True)
+    console.print(
+        f"machine {hardware.machine}; {hardware.threads} threads; load before {hardware.load_before:.2f}; "
+        f"torch {receipt.versions['torch']}; commit {commit}{dirty}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for check in receipt.correctness:
+        console.print(
+            f"  green: {check.name}: {check.error:.2g} (tolerance {check.tolerance:.0e})",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(_times(receipt))
+    console.print(_ratio_table(receipt))
+    console.print(_memory(receipt))
+    for aim in receipt.aims:
+        verdict = "[green]met[/green]" if aim.met else "[red]not met[/red]"
+        console.print(
+            f"aim: {aim.name} {aim.relation} {aim.target:g}: {aim.measured:.3g}  {verdict}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for left_out in receipt.left_out:
+        console.print(f"left out: {left_out.name}: {left_out.reason}", highlight=False, soft_wrap=True)
+    for note in receipt.notes:
+        console.print(f"[dim]{note}[/dim]", highlight=False, soft_wrap=True)
+
+
+def _times(receipt: Receipt) -> Table:
+    table = Table(title="seconds per call", title_justify="left")
+    table.add_column("contender")
+    for heading in ("n", "mean", "std", "min", "GFLOP/s"):
+        table.add_column(heading, justify="right")
+    for s in receipt.contenders:
+        rate = "" if s.flops is None else f"{s.flops / s.mean_s / 1e9:.1f}"
+        std = "" if s.std_s is None else f"{s.std_s:.4f}"
+        table.add_row(s.name, str(s.n), f"{s.mean_s:.4f}", std, f"{s.min_s:.4f}", rate)
+    return table
+
+
+def _ratio_table(receipt: Receipt) -> Table:
+    table = Table(title="ratios of paired samples", title_justify="left")
+    table.add_column("ratio")
+    for heading in ("value", "95 % interval", "n"):
+        table.add_column(heading, justify="right")
+    for ratio in receipt.ratios:
+        table.add_row(ratio.name, f"{ratio.value:.3g}", _interval(ratio), str(ratio.n))
+    return table
+
+
+def _interval(ratio: Ratio) -> str:
+    return "one pair" if ratio.low is None or ratio.high is None else f"{ratio.low:.3g} - {ratio.high:.3g}"
+
+
+def _memory(receipt: Receipt) -> Table:
+    table = Table(title="peak extra memory of forward+backward, MiB", title_justify="left")
+    table.add_column("contender")
+    for heading in ("S", "inputs", "allocator", "resident", "larger / inputs"):
+        table.add_column(heading, justify="right")
+    for m in receipt.memory:
+        mib = [
+            "" if value is None else f"{value / 2**20:.0f}"
+            for value in (m.input_bytes, m.allocator_bytes, m.resident_bytes)
+        ]
+        table.add_row(m.name, str(m.seq_len), *mib, f"{m.multiple:.2f}")
+    return table

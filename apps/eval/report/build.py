@@ -1,0 +1,134 @@
+"""From a view of a run to one HTML file: the numbers at the top, the tables, and the template around them.
+
+Not for reading a run (load.py) nor for charts (figures.py).
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from apps.eval.report.figures import position_figures, speed_figures, training_figures
+from apps.eval.report.load import RunView
+from libs.flags.canonical import utc_now
+from libs.flags.errors import UserError
+
+REPORT_NAME = "report.html"
+SHOWN_PACKAGES = ("fathom", "torch", "megatron-core", "numpy", "tokenizers", "tilelang", "safetensors", "structlog")
+
+
+class Tile(NamedTuple):
+    """One figure at the top of the page."""
+
+    label: str
+    value: str
+    note: str
+
+
+class ConfigRow(NamedTuple):
+    key: str
+    value: str
+    origin: str
+
+
+def write_report(view: RunView, path: Path) -> None:
+    """Write the page, whole or not at all.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        aside.write_text(render(view), encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"cannot write the report {path}: {error.strerror}") from error
+
+
+def render(view: RunView) -> str:
+    """The page as text. It refers to nothing outside itself."""
+    environment = Environment(
+        loader=PackageLoader("apps.eval.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": human_bytes, "duration": human_seconds, "when": _when}
+    template = environment.get_template("report.html.j2")
+    return template.render(
+        view=view,
+        tiles=tiles(view),
+        training_figures=training_figures(view),
+        speed_figures=speed_figures(view.steps),
+        evaluations=[(result, position_figures(result.details)) for result in view.results],
+        config_rows=list(_flatten(view.config, view.origins)),
+        shown_packages=SHOWN_PACKAGES,
+        written=utc_now(),
+    )
+
+
+def tiles(view: RunView) -> list[Tile]:
+    """What a reader wants first; a run without steps has none of the training figures."""
+    found: list[Tile] = []
+    if view.validations:
+        first, last = view.validations[0], view.validations[-1]
+        before, after = first["metrics"]["bpb"], last["metrics"]["bpb"]
+        note = f"from {before:.3f} at step {first['step']}, {1 - after / before:.0%} lower"
+        found.append(Tile("validation bits per byte", f"{after:.3f}", note if last is not first else "one validation"))
+    for result in view.results:
+        bpb = result.details.bpb
+        interval = "one document" if bpb.low is None or bpb.high is None else f"95 %: {bpb.low:.3f} to {bpb.high:.3f}"
+        found.append(Tile(f"bits per byte, {result.suite}", f"{bpb.value:.3f}", f"{interval}; {result.n} documents"))
+    if view.steps:
+        last = view.steps[-1]
+        seconds = sum(event["time_s"] for event in view.steps)
+        rate = statistics.median(event["tokens_per_s"] for event in view.steps)
+        found.append(Tile("steps", f"{last['step']:,}", f"{last['tokens_total']:,} tokens"))
+        found.append(Tile("time in steps", human_seconds(seconds), f"{rate:,.0f} tokens per second (median)"))
+        peaks = [event["max_memory_bytes"] for event in view.steps if event["max_memory_bytes"] is not None]
+        if peaks:
+            found.append(Tile("peak memory", human_bytes(max(peaks)), "of the process or the device"))
+        mfu = last["mfu"]
+        found.append(Tile("MFU", "not stated" if mfu is None else f"{mfu:.1%}", last["mfu_reason"] or "last step"))
+    for result in view.results:
+        found.append(Tile("parameters", f"{result.checkpoint.parameters:,}", result.checkpoint.model))
+    return found
+
+
+def human_bytes(size: float) -> str:
+    """A size with a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration in the two largest units that matter."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _when(timestamp: str) -> str:
+    """RFC 3339 to the second, for reading."""
+    return f"{timestamp[:10]} {timestamp[11:19]} UTC"
+
+
+def _flatten(config: Mapping[str, Any], origins: Mapping[str, str], prefix: str = "") -> Iterator[ConfigRow]:
+    for key, value in config.items():
+        dotted = f"{prefix}{key}"
+        if isinstance(value, Mapping) and dotted not in origins:
+            yield from _flatten(value, origins, f"{dotted}.")
+        else:
+            shown = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+            yield ConfigRow(dotted, shown, origins.get(dotted, "not recorded"))

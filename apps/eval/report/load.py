@@ -1,0 +1,256 @@
+"""A run directory read into one view: attempts, steps, gates, checkpoints, results, and what could not be read.
+
+Not for drawing (figures.py) nor for layout (template.html.j2). Steps that a resumed attempt redid count once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from apps.eval.results import EvalReport, read_result
+from apps.eval.suites import SUITES
+from libs.flags.catalog import CATALOG
+from libs.flags.errors import UserError
+from libs.flags.logcheck import check_log
+from libs.flags.runlog import read_events
+from libs.flags.runs import verify_run
+from libs.model.checkpoint import MARKER
+
+Event = dict[str, Any]
+VALIDATION = "validation"
+
+
+class Attempt(NamedTuple):
+    """One attempt. kind: "train" has a recipe, "eval" has none. status: None while there is no run.stop."""
+
+    number: int
+    kind: Literal["train", "eval"]
+    command: str
+    started: str
+    stopped: str | None
+    status: str | None
+    exit_code: int | None
+    reason: str
+
+
+class GateView(NamedTuple):
+    """One gate of the training run. outcome: off, active, refused, or "not resolved" beside a refusal."""
+
+    gate: str
+    value: str
+    outcome: str
+    stage: str
+    exposed: bool
+    reason: str
+
+
+class CheckpointView(NamedTuple):
+    """state: committed, removed since (pruned), or aborted with the reason."""
+
+    step: int
+    path: str
+    state: str
+    sha256: str | None
+    seconds: float | None
+
+
+class Verdict(NamedTuple):
+    """One check of the records. good: None when there was nothing to check."""
+
+    what: str
+    good: bool | None
+    text: str
+
+
+class RunView(NamedTuple):
+    """Everything the report shows. problems: files of the run that could not be read."""
+
+    run_dir: Path
+    run_id: str
+    recipe: str | None
+    attempts: list[Attempt]
+    steps: list[Event]
+    validations: list[Event]
+    gates: list[GateView]
+    gates_hash: str | None
+    refusals: list[Event]
+    config: dict[str, Any]
+    origins: dict[str, str]
+    environment: Event | None
+    data: Event | None
+    backends: list[Event]
+    checkpoints: list[CheckpointView]
+    incidents: list[Event]
+    verdicts: list[Verdict]
+    results: list[EvalReport]
+    problems: list[str]
+
+    @property
+    def training(self) -> Attempt:
+        """The last attempt that trained, or meant to."""
+        trained = [attempt for attempt in self.attempts if attempt.kind == "train"]
+        return (trained or self.attempts)[-1]
+
+
+def load_run(run_dir: Path) -> RunView:
+    """Read a run.
+
+    Raises:
+        UserError: not a run directory, or a log without a single event.
+    """
+    events = list(read_events(run_dir))
+    if not events:
+        raise UserError(f"the run log of {run_dir} holds no event yet: nothing to report")
+    attempts = _attempts(events)
+    trained = {attempt.number for attempt in attempts if attempt.kind == "train"}
+    own = [event for event in events if event["attempt"] in trained] or events
+    last = own[-1]["attempt"]
+    latest = [event for event in own if event["attempt"] == last]
+    refusals = [event for event in latest if event["event"] == "gate.refused"]
+    resolved = _last(latest, "gates.resolved")
+    config = _last(own, "config.resolved") or {}
+    results, problems = _results(run_dir)
+    return RunView(
+        run_dir=run_dir,
+        run_id=str(events[0]["run_id"]),
+        recipe=next((e["recipe"] for e in own if e["event"] == "run.start"), None),
+        attempts=attempts,
+        steps=_surviving(own, "train.step"),
+        validations=[e for e in _surviving(own, "eval.result") if e["suite"] == VALIDATION],
+        gates=_gates(latest, resolved, refusals),
+        gates_hash=None if resolved is None else str(resolved["hash"]),
+        refusals=refusals,
+        config=config.get("config", {}),
+        origins=config.get("origins", {}),
+        environment=_last(own, "env.snapshot"),
+        data=_last(own, "data.fingerprint"),
+        backends=[event for event in latest if event["event"] == "backend.chosen"],
+        checkpoints=_checkpoints(run_dir, own),
+        incidents=[e for e in events if e["event"].startswith(("anomaly.", "signal.", "gate.changed"))],
+        verdicts=_verdicts(run_dir),
+        results=results,
+        problems=problems,
+    )
+
+
+def _last(events: Iterable[Event], name: str) -> Event | None:
+    found = [event for event in events if event["event"] == name]
+    return found[-1] if found else None
+
+
+def _attempts(events: list[Event]) -> list[Attempt]:
+    found: list[Attempt] = []
+    for number in sorted({event["attempt"] for event in events}):
+        mine = [event for event in events if event["attempt"] == number]
+        start, stop = _last(mine, "run.start"), _last(mine, "run.stop")
+        found.append(
+            Attempt(
+                number=number,
+                kind="eval" if start is not None and start["recipe"] is None else "train",
+                command="" if start is None else " ".join(start["command"]),
+                started=mine[0]["ts"],
+                stopped=None if stop is None else stop["ts"],
+                status=None if stop is None else stop["status"],
+                exit_code=None if stop is None else stop["exit_code"],
+                reason="no run.stop: still going, or ended by a crash" if stop is None else stop["reason"],
+            )
+        )
+    return found
+
+
+def _surviving(events: list[Event], name: str) -> list[Event]:
+    """The events of that name by step, without what a later attempt took back by restoring a checkpoint."""
+    kept: dict[int, Event] = {}
+    for event in events:
+        if event["event"] == "checkpoint.restore":
+            kept = {step: other for step, other in kept.items() if step <= event["step"]}
+        elif event["event"] == name and event["step"] is not None:
+            kept[event["step"]] = event
+    return [kept[step] for step in sorted(kept)]
+
+
+def _gates(latest: list[Event], resolved: Event | None, refusals: list[Event]) -> list[GateView]:
+    exposed = {event["gate"] for event in latest if event["event"] == "gate.exposed"}
+    if resolved is not None and not refusals:
+        return [
+            GateView(
+                row["gate"],
+                _word(row["value"]),
+                row["outcome"],
+                row["stage"],
+                row["gate"] in exposed,
+                row["reason"],
+            )
+            for row in resolved["gates"]
+        ]
+    views = [
+        GateView(
+            gate=event["gate"] or "(no such gate)",
+            value=event["value"],
+            outcome="refused",
+            stage=str(CATALOG[event["gate"]].stage) if event["gate"] in CATALOG else "",
+            exposed=False,
+            reason="; ".join([f"{event['variable']}={event['value']}", *event["failures"], *event["remedies"]]),
+        )
+        for event in refusals
+    ]
+    named = {view.gate for view in views}
+    why = "the run stopped before a set of gates existed" if refusals else "the run recorded no gates"
+    views += [
+        GateView(name, "", "not resolved", str(spec.stage), False, why)
+        for name, spec in CATALOG.items()
+        if name not in named
+    ]
+    return views
+
+
+def _word(value: bool | str) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
+def _checkpoints(run_dir: Path, events: list[Event]) -> list[CheckpointView]:
+    views: list[CheckpointView] = []
+    for event in events:
+        if event["event"] not in ("checkpoint.commit", "checkpoint.abort"):
+            continue
+        name = Path(event["path"]).name
+        if event["event"] == "checkpoint.abort":
+            state = f"aborted: {event['reason'] or 'no reason given'}"
+        else:
+            there = (run_dir / "checkpoints" / name / MARKER).is_file()
+            state = "committed" if there else "removed since"
+        views.append(CheckpointView(event["step"], name, state, event["sha256"], event["seconds"]))
+    return views
+
+
+def _verdicts(run_dir: Path) -> list[Verdict]:
+    """The audit chain of each rank and the rules of the run log, as `fathom flags verify` and `log check` say."""
+    verdicts: list[Verdict] = []
+    try:
+        for rank, result in verify_run(run_dir).items():
+            good = result.status != "tampered"
+            verdicts.append(Verdict(f"audit chain, rank {rank}", good, f"{result.status}: {result.describe()}"))
+    except UserError as error:
+        verdicts.append(Verdict("audit chain", False, str(error)))
+    report = check_log(run_dir)
+    broken = [f"line {finding.line}: {finding.rule}: {finding.message}" for finding in report.violations]
+    text = "; ".join(broken[:8]) if broken else f"{report.events} events in {report.attempts} attempts keep every rule"
+    verdicts.append(Verdict("run log", not broken, text))
+    verdicts += [Verdict("run log, note", None, note.message) for note in report.notes]
+    return verdicts
+
+
+def _results(run_dir: Path) -> tuple[list[EvalReport], list[str]]:
+    """The newest result of each suite (older ones lie beside it under their time)."""
+    results: list[EvalReport] = []
+    problems: list[str] = []
+    for suite in SUITES:
+        path = run_dir / "eval" / f"{suite}.json"
+        if path.is_file():
+            try:
+                results.append(read_result(path))
+            except UserError as error:
+                problems.append(str(error))
+    return results, problems

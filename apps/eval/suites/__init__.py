@@ -1,0 +1,11 @@
+"""The registry of suites: one file each, found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from apps.eval.suites.loss_by_position import LOSS_BY_POSITION
+from apps.eval.suites.suite import Suite
+
+SUITES: Mapping[str, Suite] = MappingProxyType({suite.name: suite for suite in (LOSS_BY_POSITION,)})

@@ -1,0 +1,201 @@
+"""The report as a file: complete, self-contained, honest about what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from apps.eval.__main__ import main as eval_main
+from apps.eval.report.__main__ import main
+from apps.eval.report.load import load_run
+from libs.flags.audit_record import audit_path
+from libs.flags.errors import run_entry
+from libs.flags.events import AnomalyNonfinite, CheckpointRestore, RunStart, SignalReceived
+from libs.flags.facts import Facts
+from libs.flags.resolve import resolve
+from libs.flags.runlog import RunLog, log_path
+from tests.apps.eval.small_run import RUN_ID, make_refused_run, make_run, open_records, train_step
+
+
+class Page(HTMLParser):
+    """Collects tags, references and text; checks that every tag that must be closed is."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
+    IN_SVG = frozenset({"line", "rect", "circle", "polyline"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.ids: set[str] = set()
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert self.open == [], self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        values = dict(attrs)
+        self.references += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "data", "action", "srcset")]
+        if values.get("id"):
+            self.ids.add(str(values["id"]))
+        if tag not in self.VOID and tag not in self.IN_SVG:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.IN_SVG:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def report(run_dir: Path) -> tuple[Page, str]:
+    assert run_entry(main, [str(run_dir)]) == 0
+    html = (run_dir / "report.html").read_text(encoding="utf-8")
+    return Page(html), html
+
+
+def check_offline(page: Page, html: str) -> None:
+    """Nothing that a browser would fetch or run."""
+    assert "script" not in page.tags
+    assert not {"img", "link", "iframe", "object", "embed", "video", "audio", "base"} & set(page.tags)
+    assert all(reference.startswith("#") for reference in page.references)
+    assert {reference[1:] for reference in page.references} <= page.ids
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", html)
+    assert "default-src 'none'" in html
+
+
+def test_a_finished_run_with_an_evaluation(run_dir: Path) -> None:
+    assert (
+        run_entry(eval_main, ["--checkpoint", str(run_dir), "--suite", "loss_by_position", "--max-tokens", "2k"]) == 0
+    )
+    page, html = report(run_dir)
+    check_offline(page, html)
+    for title in ("Bits per byte", "Training loss", "Bits per byte by position", "What context is worth", "Throughput"):
+        assert title in page.text
+    for title in ("Memory", "Where a step's time goes", "Gates", "Records", "Checkpoints", "Config", "Environment"):
+        assert title in page.text
+    assert page.tags.count("svg") == 9
+    result = json.loads((run_dir / "eval" / "loss_by_position.json").read_text())
+    assert f"{result['details']['bpb']['value']:.4f}" in page.text
+    for compressor in result["details"]["compression"]["compressors"]:
+        assert f"{compressor['per_document_bpb']:.3f}" in page.text
+    for item in result["excluded"]:
+        assert item["reason"] in page.text
+    assert "50% lower" in page.text  # validation 8.0 at step 0, 4.0 at step 40
+    assert "intact: " in page.text
+    assert "command line --optim.lr" in page.text
+    assert "prefers-color-scheme:dark" in html
+    assert 'name="viewport"' in html
+    assert str(run_dir / "report.html") not in html
+
+
+def test_every_gate_shows_its_outcome_and_stage(run_dir: Path) -> None:
+    view = load_run(run_dir)
+    gates = resolve({}, Facts())
+    assert [(g.gate, g.outcome, g.stage) for g in view.gates] == [
+        (r.gate, str(r.outcome), str(r.stage)) for r in gates.resolutions
+    ]
+    page, _ = report(run_dir)
+    for resolution in gates.resolutions:
+        assert resolution.gate in page.text
+
+
+def test_a_run_without_an_evaluation_says_so(run_dir: Path) -> None:
+    page, html = report(run_dir)
+    check_offline(page, html)
+    assert "No evaluation has been run" in page.text
+    assert "zlib" not in page.text
+
+
+def test_a_refused_run(tmp_path: Path, data_dir: Path) -> None:
+    run_dir = tmp_path / RUN_ID
+    run_dir.mkdir()
+    page, html = report(make_refused_run(run_dir, data_dir))
+    check_offline(page, html)
+    assert "No training step was recorded" in page.text
+    assert "FATHOM_PSIV_CACHE=yes" in page.text
+    assert "FATHOM_PSVI_CACHE=off" in page.text
+    assert "no such gate" in page.text
+    outcomes = {gate.gate: gate.outcome for gate in load_run(run_dir).gates}
+    assert outcomes["psiv_cache"] == outcomes["tma"] == "refused"
+    assert outcomes["split_scan"] == "not resolved"
+    assert "active" not in outcomes.values()
+    assert "svg" not in page.tags
+
+
+def test_a_tampered_chain_is_shown(run_dir: Path) -> None:
+    chain = audit_path(run_dir)
+    chain.write_bytes(chain.read_bytes().replace(b"never requested", b"never requestee", 1))
+    page, _ = report(run_dir)
+    assert "tampered: tampered (edit)" in page.text
+    bad = [verdict for verdict in load_run(run_dir).verdicts if verdict.good is False]
+    assert {verdict.what for verdict in bad} == {"audit chain, rank 0", "run log"}
+
+
+def test_a_crashed_and_resumed_run_counts_each_step_once(run_dir: Path, data_dir: Path) -> None:
+    lines = log_path(run_dir).read_bytes().splitlines(keepends=True)
+    log_path(run_dir).write_bytes(b"".join(lines[:-1]))  # no run.stop: a crash after step 40
+    gates = resolve({}, Facts())
+    log, audit = open_records(run_dir, data_dir, gates, attempt=1)
+    log.emit(CheckpointRestore(path="checkpoints/step-00000020"), step=20)
+    log.emit(train_step(21), step=21)
+    log.emit(SignalReceived(signal="SIGTERM", phase="training"))
+    log.emit(AnomalyNonfinite(what="loss", value=float("nan"), bundle=None, action="stop"), step=22)
+    log.close()
+    audit.close()
+    view = load_run(run_dir)
+    assert [event["step"] for event in view.steps] == list(range(1, 22))
+    assert view.steps[-1]["attempt"] == 1
+    assert [event["step"] for event in view.validations] == [0, 20]
+    assert view.training.status is None
+    page, html = report(run_dir)
+    check_offline(page, html)
+    assert "no run.stop" in page.text
+    assert "SIGTERM in training" in page.text
+    assert "loss: stop" in page.text
+
+
+def test_text_of_the_run_is_escaped(tmp_path: Path, data_dir: Path) -> None:
+    run_dir = tmp_path / RUN_ID
+    run_dir.mkdir()
+    make_run(run_dir, data_dir, steps=2)
+    log = RunLog.open(run_dir, run_id=RUN_ID, attempt=1)
+    hostile = "<script>alert(1)</script><img src=http://x>"
+    log.emit(RunStart(command=[hostile], recipe=hostile, config_hash="c", gates_hash=None, world_size=1))
+    log.close()
+    page, html = report(run_dir)
+    assert "script" not in page.tags
+    assert "img" not in page.tags
+    assert page.references
+    assert all(reference.startswith("#") for reference in page.references)
+    assert "&lt;script&gt;" in html
+
+
+def test_a_damaged_result_is_reported_not_hidden(run_dir: Path) -> None:
+    (run_dir / "eval").mkdir()
+    (run_dir / "eval" / "loss_by_position.json").write_text("{}")
+    page, _ = report(run_dir)
+    assert "is not an evaluation result of this version" in page.text
+
+
+def test_refusals_of_the_command(tmp_path: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_entry(main, [str(tmp_path / "nothing")]) == 2
+    assert "no run at" in capsys.readouterr().err
+    assert run_entry(main, [str(run_dir), "--out", str(tmp_path)]) == 2
+    assert "--out" in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    RunLog.open(empty, run_id="x", attempt=0).close()
+    assert run_entry(main, [str(empty)]) == 2
+    assert not (empty / "report.html").exists()
+    assert run_entry(main, [str(run_dir), "--out", str(tmp_path / "there.html")]) == 0
+    assert (tmp_path / "there.html").is_file()

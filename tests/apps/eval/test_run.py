@@ -1,0 +1,185 @@
+"""`fathom eval` from the command line: what it writes, what it records, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from apps.eval.__main__ import main
+from apps.eval.config import parse_tokens
+from apps.eval.results import read_result
+from libs.flags.audit_record import audit_path
+from libs.flags.errors import UserError, run_entry
+from libs.flags.logcheck import check_log
+from libs.flags.runlog import log_path, read_events
+from libs.flags.runs import verify_run
+from libs.model.checkpoint import MARKER, commit
+from tests.apps.eval.small_run import RUN_ID, build_data_dir, make_run, save_checkpoint
+
+QUICK = ("--suite", "loss_by_position", "--max-documents", "4", "--span-tokens", "32")
+
+
+def run_cli(*arguments: str | Path) -> int:
+    return run_entry(main, [str(argument) for argument in arguments])
+
+
+def test_result_and_record(run_dir: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("--checkpoint", run_dir, *QUICK, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    path = run_dir / "eval" / "loss_by_position.json"
+    result = read_result(path)
+    assert json.loads(path.read_text()) == printed
+    assert result.checkpoint.path == "checkpoints/step-00000040"
+    assert result.checkpoint.step == 40
+    assert result.n + len(result.excluded) == 4
+    assert result.available == 12
+    assert result.details.trained_window == 128
+    assert set(result.backends) == {"mimo", "attention", "loss"}
+    assert result.data.directory == str(data_dir)
+
+    events = [event for event in read_events(run_dir) if event["attempt"] == 1]
+    assert [event["event"] for event in events] == [
+        "run.start", "config.resolved", "gates.resolved", "env.snapshot", "eval.result", "run.stop",
+    ]  # fmt: skip
+    recorded = events[-2]
+    assert recorded["metrics"] == result.metrics
+    assert recorded["path"] == "eval/loss_by_position.json"
+    assert recorded["step"] == 40
+    assert events[0]["gates_hash"] == result.gates.hash
+    assert check_log(run_dir).violations == ()
+    assert verify_run(run_dir)[0].status == "intact"
+
+
+def test_same_again_gives_the_same_numbers_and_keeps_the_first_file(run_dir: Path) -> None:
+    for _ in range(2):
+        assert run_cli("--checkpoint", run_dir, *QUICK) == 0
+    files = sorted((run_dir / "eval").iterdir())
+    assert len(files) == 2
+    first, second = (read_result(file) for file in files)
+    assert first.details == second.details
+    assert first.metrics == second.metrics
+    assert first.data == second.data
+
+
+def test_the_draw_depends_on_the_seed_and_the_hash_on_the_draw(run_dir: Path, tmp_path: Path) -> None:
+    results = []
+    for seed in ("0", "0", "5"):
+        out = tmp_path / f"r{len(results)}.json"
+        assert run_cli("--checkpoint", run_dir, *QUICK, "--seed", seed, "--out", out, "--detached") == 0
+        results.append(read_result(out))
+    assert results[0].data.prompt_sha256 == results[1].data.prompt_sha256 != results[2].data.prompt_sha256
+
+
+def test_detached_leaves_the_run_alone(run_dir: Path, tmp_path: Path) -> None:
+    before = log_path(run_dir).read_bytes(), audit_path(run_dir).read_bytes()
+    assert run_cli("--checkpoint", run_dir, *QUICK, "--detached", "--out", tmp_path / "r.json") == 0
+    assert (log_path(run_dir).read_bytes(), audit_path(run_dir).read_bytes()) == before
+
+
+def test_an_older_checkpoint_by_its_directory(run_dir: Path, tmp_path: Path) -> None:
+    older = run_dir / "checkpoints" / "step-00000020"
+    assert run_cli("--checkpoint", older, *QUICK, "--out", tmp_path / "old.json") == 0
+    assert read_result(tmp_path / "old.json").checkpoint.step == 20
+
+
+def test_a_refused_gate_is_recorded_and_nothing_is_written(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FATHOM_PSIV_CACHE", "yes")
+    assert run_cli("--checkpoint", run_dir, *QUICK) == 78
+    assert "FATHOM_PSIV_CACHE" in capsys.readouterr().err
+    assert not (run_dir / "eval").exists()
+    events = [event for event in read_events(run_dir) if event["attempt"] == 1]
+    assert [e["event"] for e in events] == ["run.start", "config.resolved", "gate.refused", "run.stop"]
+    assert events[-1]["status"] == "refused"
+    assert check_log(run_dir).violations == ()
+
+
+def test_a_failed_evaluation_is_recorded_as_failed(run_dir: Path) -> None:
+    assert run_cli("--checkpoint", run_dir, *QUICK, "--max-tokens", "10") == 2
+    last = list(read_events(run_dir))[-1]
+    assert (last["event"], last["status"], last["exit_code"]) == ("run.stop", "failed", 2)
+    assert not (run_dir / "eval").exists()
+    assert check_log(run_dir).violations == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "loss_by_positon"], "did you mean 'loss_by_position'"),
+        ([*QUICK, "--context", "4k,1k"], "rising"),
+        ([*QUICK, "--context", "many"], "not a number of tokens"),
+        ([*QUICK, "--max-documents", "0"], "--max-documents"),
+        ([*QUICK, "--split", "test"], "--split"),
+        ([*QUICK, "--data", "/nonexistent"], "no data directory"),
+        ([*QUICK, "--context", "64,60k"], "no drawn document"),
+    ],
+)
+def test_usage_errors_say_what_is_wrong(
+    run_dir: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("--checkpoint", run_dir, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (run_dir / "eval").exists()
+
+
+def test_a_changed_checkpoint_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = run_dir / "checkpoints" / "step-00000040" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert run_cli("--checkpoint", run_dir, *QUICK) == 2
+    assert "corrupt checkpoint" in capsys.readouterr().err
+
+
+def test_a_tampered_audit_chain_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chain = audit_path(run_dir)
+    chain.write_bytes(chain.read_bytes().replace(b'"off"', b'"on!"', 1))
+    assert run_cli("--checkpoint", run_dir, *QUICK) == 2
+    assert "tampered" in capsys.readouterr().err
+    assert not (run_dir / "eval").exists()
+
+
+def test_a_checkpoint_outside_a_run_needs_data_and_out(
+    tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(tmp_path, 7, data_dir, anchor="0" * 64 + ":0")
+    checkpoint = tmp_path / "checkpoints" / "step-00000007"
+    assert run_cli("--checkpoint", checkpoint, *QUICK) == 2
+    assert "--data" in capsys.readouterr().err
+    assert run_cli("--checkpoint", checkpoint, *QUICK, "--data", data_dir) == 2
+    assert "--out" in capsys.readouterr().err
+    assert run_cli("--checkpoint", checkpoint, *QUICK, "--data", data_dir, "--out", tmp_path / "r.json") == 0
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / RUN_ID
+    run_dir.mkdir()
+    other = build_data_dir(tmp_path / "other", {"train": [600] * 5, "valid": [900] * 4})
+    make_run(run_dir, other)
+    definition = other / "tokenizer.json"
+    # The same bytes under other ids: the text can be encoded, and would mean nothing to the model.
+    checkpoint = run_dir / "checkpoints" / "step-00000040"
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in checkpoint.iterdir():
+        if file.name not in ("MANIFEST.json", MARKER):
+            (moved / file.name).write_bytes(file.read_bytes())
+    vocabulary = json.loads(definition.read_text())
+    ids = vocabulary["model"]["vocab"]
+    a, b = [name for name, index in ids.items() if index in (100, 101)]
+    ids[a], ids[b] = ids[b], ids[a]
+    (moved / "tokenizer.json").write_text(json.dumps(vocabulary))
+    commit(moved, tmp_path / "standalone" / "step-00000040")
+    arguments = ("--data", other, "--out", tmp_path / "r.json")
+    assert run_cli("--checkpoint", tmp_path / "standalone" / "step-00000040", *QUICK, *arguments) == 2
+    assert "--tokenizer" in capsys.readouterr().err
+
+
+def test_lengths_are_written_with_a_unit() -> None:
+    assert [parse_tokens(text) for text in ("512", "1k", "64K", " 4k")] == [512, 1024, 65536, 4096]
+    for text in ("", "0", "-1", "1.5k", "4m"):
+        with pytest.raises(UserError):
+            parse_tokens(text)

@@ -1,0 +1,49 @@
+"""`fathom train`: from the command line to an exit status.
+
+Not for any of the work: arguments.py, session.py, start.py and loop.py do it, in this order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from apps.train.signals import Interrupted, SignalGuard
+from libs.flags.errors import ExitStatus, run_entry
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, resume, plan (--dry-run) or show settings (--show-config).
+
+    Raises:
+        UserError: unusable input. GateRefused: a gate that cannot be honoured.
+    """
+    guard = SignalGuard()
+    guard.install()  # before the slow imports: a signal during them is answered too
+    try:
+        return int(_main(argv, guard))
+    except Interrupted as error:
+        print(f"stopped by {error} during start-up: nothing to save yet", file=sys.stderr)
+        return ExitStatus.REQUEUE
+
+
+def _main(argv: Sequence[str] | None, guard: SignalGuard) -> ExitStatus:
+    from apps.train.arguments import parse_arguments, resolve_arguments
+    from apps.train.dry_run import dry_run
+    from apps.train.origins import describe
+
+    arguments = parse_arguments(argv)
+    identity, resolved = resolve_arguments(arguments)
+    if arguments.show_config:
+        print(describe(resolved))
+        return ExitStatus.OK
+    if arguments.dry_run:
+        return dry_run(resolved.config)
+    from apps.train.attempt import run_attempt
+
+    guard.check()
+    return run_attempt(arguments, identity, resolved, guard)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_entry(main))

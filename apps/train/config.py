@@ -1,0 +1,141 @@
+"""What a run can be told: frozen sections, each validated where its fields live.
+
+Not for where a value came from (origins.py) nor for the architecture's own fields (libs.model.config).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
+
+from libs.model.config import ModelConfig
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSection(ModelConfig):
+    """A preset by name, with any of its fields replaced."""
+
+    preset: str = "cpu_demo"
+
+    def architecture(self) -> ModelConfig:
+        """The model's own config: what is built and what a checkpoint carries."""
+        return ModelConfig.model_validate(self.model_dump(exclude={"preset"}))
+
+
+class DataSection(Section):
+    """Which packed corpus is read, and how much of it a micro-batch holds."""
+
+    dir: str = "data/installed_cpp"
+    window: int = Field(default=1024, ge=2, description="tokens of one packed window")
+    windows_per_batch: int = Field(default=4, ge=1, description="windows of one micro-batch")
+    seed: int = Field(default=0, ge=0, description="seed of the order of windows")
+    valid_tokens: int = Field(default=65_536, ge=1, description="held-out tokens that are scored")
+    valid_document_tokens: int = Field(default=4096, ge=2, description="longer ones are left out, counted")
+
+
+class OptimSection(Section):
+    """AdamW; weight decay applies to matrices only (libs.model.no_decay)."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0, description="global gradient norm; none: no clipping")
+
+
+class ScheduleSection(Section):
+    """Learning rate as a function of the step (schedule.py)."""
+
+    kind: Literal["wsd", "cosine"] = "wsd"
+    warmup_steps: int = Field(default=20, ge=0)
+    decay_steps: int = Field(default=100, ge=0, description="wsd: steps of the final decay; cosine: not used")
+    final_lr_ratio: float = Field(default=0.1, ge=0, le=1, description="last rate / peak rate")
+
+
+class TrainSection(Section):
+    """The run itself: length, device, precision, and what to do about faults."""
+
+    steps: int = Field(default=500, ge=1)
+    grad_accumulation: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0, description="seed of the initial weights")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device_name: str | None = Field(default=None, description="device that --dry-run plans for")
+    device_memory: ByteSize | None = Field(default=None, description="its memory, such as 141GB")
+    precision: Literal["fp32", "bf16", "auto"] = "auto"
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; none: torch's own number")
+    deterministic: bool = True
+    activation_checkpointing: Literal["none", "block"] = "none"
+    mimo_backend: str = "auto"
+    attention_backend: str = "auto"
+    loss_backend: str = "auto"
+    eval_every: int = Field(default=100, ge=1, description="steps between validations; also at 0, at the end")
+    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite_budget: int = Field(default=0, ge=0, description="steps that nonfinite=skip may leave out")
+    stop_after: int | None = Field(default=None, ge=1, description="save and requeue after this step")
+
+    @model_validator(mode="after")
+    def _budget_has_meaning(self) -> Self:
+        if self.nonfinite == "skip" and self.nonfinite_budget == 0:
+            raise ValueError("nonfinite = 'skip' needs nonfinite_budget >= 1, it is 0")
+        if self.nonfinite == "stop" and self.nonfinite_budget != 0:
+            raise ValueError(f"nonfinite_budget = {self.nonfinite_budget} has no effect with nonfinite = 'stop'")
+        return self
+
+
+class CheckpointSection(Section):
+    """When to save, and which saves stay."""
+
+    every: int = Field(default=200, ge=1, description="steps between checkpoints; also at the end")
+    keep_last: int = Field(default=2, ge=1)
+    keep_every: int | None = Field(default=None, ge=1, description="steps divisible by this stay for ever")
+
+
+class LogSection(Section):
+    """Where a run goes and who else hears of it."""
+
+    runs_dir: str = "runs"
+    every: int = Field(default=10, ge=1, description="steps between lines when stdout is not a terminal")
+    tensorboard: bool = True
+    wandb_project: str | None = Field(default=None, description="none: Weights & Biases is off")
+
+
+class TrainConfig(Section):
+    """Everything `fathom train` can be told."""
+
+    model: ModelSection
+    data: DataSection = DataSection()
+    optim: OptimSection = OptimSection()
+    schedule: ScheduleSection = ScheduleSection()
+    train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _schedule_fits_the_run(self) -> Self:
+        warmup, decay, steps = self.schedule.warmup_steps, self.schedule.decay_steps, self.train.steps
+        used = warmup + (decay if self.schedule.kind == "wsd" else 0)
+        if used > steps:
+            raise ValueError(
+                f"schedule.warmup_steps = {warmup} and schedule.decay_steps = {decay} ({self.schedule.kind}) "
+                f"do not fit in train.steps = {steps}"
+            )
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `TrainConfig.model_validate` takes them back."""
+        values: dict[str, Any] = self.model_dump(mode="json")
+        return values
+
+    def hash(self) -> str:
+        """sha256 of the canonical JSON of every value."""
+        canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,224 @@
+"""From a config to a run that can train: data, model, optimizer, loader; and on resume everything as it was.
+
+Not for records (session.py) nor for the loop (loop.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from apps.train.config import TrainConfig
+from apps.train.data.loader import BatchLoader
+from apps.train.evaluate import ValidationSet, choose_documents
+from apps.train.hooks import open_sinks
+from apps.train.lane import Lane, set_threads
+from apps.train.loop import Progress, Run
+from apps.train.optim import build_optimizer
+from apps.train.save import (
+    TrainerState,
+    choose_checkpoint,
+    committed_steps,
+    read_state,
+    remove_unfinished,
+    restore_optimizer,
+    set_aside_later,
+    set_rng_state,
+)
+from apps.train.session import Session
+from apps.train.signals import SignalGuard
+from libs.flags.errors import UserError
+from libs.flags.events import BackendChosen, CheckpointAbort, CheckpointRestore, DataFingerprint, EnvSnapshot
+from libs.flags.gateset import GateSet
+from libs.flags.provenance import snapshot
+from libs.flags.runlog import read_events
+from libs.kernels.backend import Choice
+from libs.model import HybridLM
+from libs.model.checkpoint import checkpoint_step
+from libs.model.text.shards import DataDir, PackedDataset
+from libs.model.weights import load_model
+
+
+class Corpus(NamedTuple):
+    """The data a run reads, opened and checked."""
+
+    train: PackedDataset
+    validation: ValidationSet
+
+
+class Restored(NamedTuple):
+    """A verified checkpoint and its trainer state."""
+
+    path: Path
+    state: TrainerState
+
+
+def open_corpus(config: TrainConfig) -> Corpus:
+    """Open the data directory and choose the held-out documents.
+
+    Raises:
+        UserError: no such directory (with the command that builds it), damaged, too small for a window, or a
+            tokenizer larger than the model's vocabulary.
+    """
+    path = Path(config.data.dir)
+    if not path.is_dir():
+        raise UserError(
+            f"data.dir = {config.data.dir!r} does not exist; build it with "
+            f"`fathom data build --source installed --out {path}` (or --source with a directory of C++)"
+        )
+    data = DataDir.open(path)
+    if data.tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size = {config.model.vocab_size} is less than the {data.tokenizer.vocab_size} ids "
+            f"of the tokenizer in {path}; allowed: {data.tokenizer.vocab_size} or more"
+        )
+    train = PackedDataset(data, "train", config.data.window, config.data.seed)
+    return Corpus(train, choose_documents(data, config.data))
+
+
+def find_checkpoint(session: Session, from_step: int | None) -> Restored | None:
+    """The checkpoint to resume from, verified; None when the run was interrupted before its first one.
+
+    Raises:
+        UserError: the checkpoint is corrupt or of another run, or those the log tells of are gone.
+    """
+    run_dir, log = session.run_dir, session.log
+    for path in remove_unfinished(run_dir):
+        step = checkpoint_step(path)
+        event = CheckpointAbort(path=str(path), reason="left half-written by an interrupted attempt; removed")
+        log.emit(event, step=step if step is not None else 0, level="warning")
+    if not committed_steps(run_dir) and from_step is None:
+        commits = [event for event in read_events(run_dir) if event["event"] == "checkpoint.commit"]
+        if not commits:
+            return None
+        raise UserError(f"{run_dir}: the log tells of {len(commits)} checkpoints, but none is there any more")
+    path = choose_checkpoint(run_dir, from_step)
+    state = read_state(path)
+    if state.run_id != session.identity.run_id:
+        raise UserError(f"{path} is a checkpoint of run {state.run_id!r}, not of {session.identity.run_id!r}")
+    return Restored(path, state)
+
+
+def assemble(
+    session: Session,
+    guard: SignalGuard,
+    gates: GateSet,
+    lane: Lane,
+    corpus: Corpus,
+    restored: Restored | None,
+) -> Run:
+    """Build everything, restoring it from `restored` if there is one, and record what was built.
+
+    Raises:
+        UserError: the checkpoint is of other data, model, precision or device. Interrupted: by a signal.
+    """
+    config, state = session.config, None if restored is None else restored.state
+    if state is not None:
+        _refuse_other_circumstances(state, corpus, lane)
+    threads = set_threads(config.train, None if state is None else state.threads)
+    guard.check()
+    torch.manual_seed(config.train.seed)
+    model = _build_model(config, lane, None if restored is None else restored.path)
+    optimizer = build_optimizer(model, config.optim)
+    progress = Progress()
+    loader = BatchLoader(
+        corpus.train,
+        windows_per_batch=config.data.windows_per_batch,
+        seed=config.data.seed,
+        cursor=None if state is None else state.cursor,
+    )
+    if restored is not None:
+        restore_optimizer(restored.path, model, optimizer)
+        progress = _restore_progress(session, restored)
+        set_rng_state(restored.state.rng)
+    choices = {**lane.choices, "train.threads": threads, **model.choices}
+    _record(session, corpus, lane, choices)
+    guard.check()
+    return Run(
+        session=session,
+        guard=guard,
+        gates=gates,
+        lane=lane,
+        threads=int(threads.value),
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        validation=corpus.validation,
+        sinks=open_sinks(config, session.run_dir, run_id=session.identity.run_id, first_step=progress.step),
+        progress=progress,
+        first_step=progress.step,
+    )
+
+
+def _refuse_other_circumstances(state: TrainerState, corpus: Corpus, lane: Lane) -> None:
+    """A resumed run must read the same data and compute in the same way."""
+    pairs = {
+        "data fingerprint": (state.data_fingerprint, corpus.train.fingerprint),
+        "precision": (state.precision, lane.precision),
+        "device": (state.device, lane.device.type),
+    }
+    for what, (before, now) in pairs.items():
+        if before != now:
+            raise UserError(
+                f"the checkpoint of step {state.step} was written with {what} {before!r}, now it is {now!r}; "
+                "resume with what the run began with, or start a new run"
+            )
+
+
+def _build_model(config: TrainConfig, lane: Lane, checkpoint: Path | None) -> HybridLM:
+    architecture = config.model.architecture()
+    model = HybridLM(architecture, activation_checkpointing=config.train.activation_checkpointing)
+    if checkpoint is None:
+        model.reset_parameters(config.train.seed)
+    else:
+        # Copied, not adopted: a vectorised sum may depend on alignment, and a file's is not torch's.
+        model.load_state_dict(load_model(checkpoint, expect=architecture).state_dict(), strict=True)
+    model.to(lane.device)
+    train = config.train
+    try:
+        model.request_backends(mimo=train.mimo_backend, attention=train.attention_backend, loss=train.loss_backend)
+    except ValueError as error:
+        raise UserError(f"train: {error}") from error
+    return model
+
+
+def _restore_progress(session: Session, restored: Restored) -> Progress:
+    state = restored.state
+    set_aside_later(session.run_dir, step=state.step, attempt=session.log.attempt)
+    event = CheckpointRestore(path=str(restored.path), audit_anchor=state.audit_anchor)
+    session.log.emit(event, step=state.step)
+    return Progress(
+        step=state.step,
+        tokens_total=state.tokens_total,
+        evaluated_at=state.evaluated_at,
+        saved_at=state.step,
+        skipped=state.skipped,
+    )
+
+
+def _record(session: Session, corpus: Corpus, lane: Lane, choices: dict[str, Choice]) -> None:
+    """env.snapshot, data.fingerprint and every automatic choice with its reason."""
+    data, config, log = corpus.validation.data, session.config, session.log
+    extra = {
+        "device": str(lane.device),
+        "device_name": lane.device_name,
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "seeds": {"train": config.train.seed, "data": config.data.seed},
+        "tokenizer_fingerprint": data.tokenizer.fingerprint,
+        "data_fingerprint": corpus.train.fingerprint,
+    }
+    log.emit(EnvSnapshot.model_validate(snapshot(extra)))
+    splits = data.manifest.splits
+    fingerprint = DataFingerprint(
+        fingerprint=corpus.train.fingerprint,
+        data_dir=str(data.path),
+        train_tokens=splits["train"].tokens,
+        valid_tokens=splits["valid"].tokens,
+        tokenizer=data.tokenizer.fingerprint,
+    )
+    log.emit(fingerprint)
+    for op, choice in choices.items():
+        log.emit(BackendChosen(op=op, value=choice.value, reason=choice.reason))

@@ -52,9 +52,7 @@ class DocumentWriter:
         assert ids.ndim == 1, f"a document is one row of ids, not {ids.shape}"
         assert ids.size, "an empty document cannot be stored"
         assert ids.min() >= 0, f"negative token id {int(ids.min())}"
-        assert ids.max() < self._vocab_size, (
-            f"token id {int(ids.max())} outside vocabulary {self._vocab_size}"
-        )
+        assert ids.max() < self._vocab_size, f"token id {int(ids.max())} outside vocabulary {self._vocab_size}"
         self._builder.add_document(ids, [int(ids.size)])
 
 
@@ -89,9 +87,7 @@ class DocumentReader:
 
 
 def _check_files(prefix: Path) -> None:
-    """Compare both file sizes with what the index header and the lengths promise, before megatron maps
-    them.
-    """
+    """Compare both file sizes with what the index header and the lengths promise, before megatron maps them."""
     idx, data = (Path(f"{prefix}{suffix}") for suffix in (".idx", ".bin"))
     for path in (idx, data):
         if not path.is_file():
@@ -101,21 +97,13 @@ def _check_files(prefix: Path) -> None:
         if len(raw) < _HEADER.size:
             raise UserError(f"corrupt data directory: {idx} is cut off after {len(raw)} bytes")
         magic, version, code, sequences, documents = _HEADER.unpack(raw)
-        if (
-            magic != _MAGIC
-            or version != _VERSION
-            or code not in {int(d.value) for d in megatron_dataset.DType}
-        ):
+        if magic != _MAGIC or version != _VERSION or code not in {int(d.value) for d in megatron_dataset.DType}:
             raise UserError(f"corrupt data directory: {idx} is not a Megatron index of version {_VERSION}")
         promised = _HEADER.size + 12 * sequences + 8 * documents
         if idx.stat().st_size != promised:
-            raise UserError(
-                f"corrupt data directory: {idx} has {idx.stat().st_size} bytes, its header says {promised}"
-            )
+            raise UserError(f"corrupt data directory: {idx} has {idx.stat().st_size} bytes, its header says {promised}")
         lengths = np.frombuffer(stream.read(4 * sequences), dtype=np.int32)
     item = int(np.dtype(megatron_dataset.DType.dtype_from_code(code)).itemsize)
     promised = int(lengths.sum(dtype=np.int64)) * item
     if data.stat().st_size != promised:
-        raise UserError(
-            f"corrupt data directory: {data} has {data.stat().st_size} bytes, its index says {promised}"
-        )
+        raise UserError(f"corrupt data directory: {data} has {data.stat().st_size} bytes, its index says {promised}")

@@ -108,9 +108,7 @@ def overhead(section: Section) -> int:
 
 
 def assemble(tokenizer: Tokenizer, sections: Sequence[Section]) -> tuple[Ids, tuple[SectionSpan, ...]]:
-    """Ids (n,) of the document with its trailing end-of-document token, and where each section's code
-    lies.
-    """
+    """Ids (n,) of the document with its trailing end-of-document token, and where each section's code lies."""
     assert sections, "a document needs a section"
     special = {name: np.array([i], dtype=np.int32) for name, i in tokenizer.special_ids.items()}
     parts: list[Ids] = []
@@ -131,8 +129,7 @@ def assemble(tokenizer: Tokenizer, sections: Sequence[Section]) -> tuple[Ids, tu
 
 def read_sections(tokenizer: Tokenizer, ids: Ids) -> list[ReadSection]:
     """The sections of one document; the inverse of `assemble` as far as bytes go. Works on a cut-off
-    document.
-
+       document.
     Code before the first path marker (a document that begins in its middle) has no section and is left out.
     """
     roles = {tokenizer.special_ids[name]: role for role, name in MARKERS.items()}

@@ -153,9 +153,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_NAME
     if not path.is_file():
-        raise UserError(
-            f"no data directory at {directory}: build one with `fathom data build --out {directory}`"
-        )
+        raise UserError(f"no data directory at {directory}: build one with `fathom data build --out {directory}`")
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except (ValidationError, OSError) as error:

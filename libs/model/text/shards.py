@@ -70,9 +70,7 @@ class DataDir:
         return cls(directory, manifest, tokenizer)
 
     def documents(self, split: str) -> DocumentReader:
-        """Documents of `split`: `len(...)`, `[i]` -> ids (n,) int32 with the trailing end-of-document
-        token.
-        """
+        """Documents of `split`: `len(...)`, `[i]` -> ids (n,) int32 with the trailing end-of-document token."""
         if split not in SPLITS:
             raise UserError.unknown("split", split, SPLITS)
         if split not in self._readers:

@@ -53,9 +53,7 @@ CPP_PATTERN = "|".join(
         r"\s",
     )
 )
-_PROBE = (
-    bytes(range(256)) + b"int main() {\n    return a->b::c(0x1F);  // <|eod|>\r\n}\n" + "π\u2028".encode()
-)
+_PROBE = bytes(range(256)) + b"int main() {\n    return a->b::c(0x1F);  // <|eod|>\r\n}\n" + "π\u2028".encode()
 _BATCH_BYTES = 2_000_000
 
 
@@ -99,9 +97,7 @@ class Tokenizer:
         definition = json.dumps(json.loads(backend.to_str()), sort_keys=True, separators=(",", ":"))
         self.fingerprint = hashlib.sha256(definition.encode()).hexdigest()
         if self.decode(self.encode(_PROBE)) != _PROBE:
-            raise UserError(
-                f"tokenizer {origin} does not give back the bytes it was given; use a byte-level one"
-            )
+            raise UserError(f"tokenizer {origin} does not give back the bytes it was given; use a byte-level one")
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -134,9 +130,7 @@ class Tokenizer:
         """
         least = 256 + len(SPECIAL_TOKENS)
         if vocab_size <= least:
-            raise UserError(
-                f"vocabulary of {vocab_size}: a BPE needs more than {least} (bytes and special tokens)"
-            )
+            raise UserError(f"vocabulary of {vocab_size}: a BPE needs more than {least} (bytes and special tokens)")
         backend = _empty_backend({}, [])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -154,9 +148,7 @@ class Tokenizer:
         """One id per byte: 16 special tokens, then the 256 bytes."""
         names = [*SPECIAL_TOKENS, *(_BYTE_TO_CHAR[b] for b in range(256))]
         backend = _empty_backend({name: i for i, name in enumerate(names)}, [])
-        backend.add_special_tokens(
-            [AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS]
-        )
+        backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
         return cls(backend, "bytes")
 
     def to_json(self) -> str:

@@ -20,9 +20,9 @@ $(STAMP): pyproject.toml
 	touch $@
 
 train: setup
-	$(BIN)/fathom data build --source installed --out $(CORPUS)
+	$(BIN)/fathom data build --source installed --out $(CORPUS) --force
 	$(BIN)/fathom train --recipe cpu_demo
-	$(BIN)/fathom eval --checkpoint runs/latest --suite loss_by_position
+	$(BIN)/fathom eval --checkpoint runs/latest --suite loss_by_position --max-documents 64 --max-tokens 16k --ablation-documents 8
 	$(BIN)/fathom report runs/latest
 
 # Everything but the tests marked slow, in two processes of one thread each.

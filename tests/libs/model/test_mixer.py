@@ -88,3 +88,21 @@ def test_a_activations_and_their_gradients() -> None:
     (slope,) = torch.autograd.grad(heavy.sum(), x)
     torch.testing.assert_close(slope, torch.tensor([1 / 16, 1 / 2.25, 1.0, 1.0, 1.0], dtype=torch.float64))
     torch.testing.assert_close(a_activation(x, "softplus"), (1 + x.exp()).log())
+
+
+@pytest.mark.parametrize("which", ["B", "C"])
+def test_a_bias_added_before_the_norm_is_caught(build: Build, which: str) -> None:
+    """A deliberate mistake: norm(b + bias) instead of norm(b) + bias. The comparison above must not let it through."""
+    model = build("M", dtype=torch.float64, mixer__ngroups=4)
+    mixer = model.blocks[0].layer
+    assert mixer.config.ngroups == mixer.config.nheads, "one group per head, so that the bias fits before the norm"
+    u = torch.randn(1, 19, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    norm, bias = getattr(mixer, f"{which}_norm"), getattr(mixer, f"{which}_bias")
+    with torch.no_grad():
+        context = model._context(torch.zeros(1, 19, dtype=torch.long), None)
+        expected = by_hand(mixer, u[0])
+        moved = bias.clone()
+        bias.zero_()
+        norm.register_forward_pre_hook(lambda _, inputs: (inputs[0] + moved,))
+        with pytest.raises(AssertionError, match="Mismatched elements"):
+            torch.testing.assert_close(mixer(u, context)[0], expected, rtol=1e-8, atol=1e-8)

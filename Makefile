@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.fathom-installed
 CORPUS := data/installed_cpp
 
-.PHONY: setup train test test-slow check format bench clean
+.PHONY: setup train test test-slow test-kernels check format bench clean
 
 setup: $(STAMP)
 
@@ -25,12 +25,16 @@ train: setup
 	$(BIN)/fathom eval --checkpoint runs/latest --suite loss_by_position --max-documents 64 --max-tokens 16k --ablation-documents 8
 	$(BIN)/fathom report runs/latest
 
-# Everything but the tests marked slow, in two processes of one thread each.
+# Everything but the tests marked slow or kernels, in two processes of one thread each.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not kernels" -n 2 --dist worksteal -q
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow -q
+	$(BIN)/python -m pytest -m "slow and not kernels" -q
+
+# Every Hopper kernel at every shape and gate setting: run on the CPU, and compiled for sm_90a against the tile table.
+test-kernels: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m kernels -n 2 --dist worksteal -q
 
 check: setup
 	$(BIN)/ruff check .

@@ -25,9 +25,10 @@ class Command(NamedTuple):
 COMMANDS = {
     "data": Command("apps.train.data.__main__", "main", "build and inspect corpora: build, inspect"),
     "train": Command("apps.train.__main__", "main", "train a recipe; resume a run; --dry-run, --show-config"),
+    "checkpoint": Command("apps.train.checkpoint.__main__", "main", "saved checkpoints: verify, inspect, export"),
     "eval": Command("apps.eval.__main__", "main", "evaluate a checkpoint or a run"),
     "report": Command("apps.eval.report.__main__", "main", "write a run's self-contained HTML report"),
-    "bench": Command("apps.eval.bench.__main__", "main", "benchmarks with receipts: ops"),
+    "bench": Command("apps.eval.bench.__main__", "main", "benchmarks with receipts: ops, comm; kernels"),
     "flags": Command("libs.flags.cli", "main_flags", "gates: list, status, explain, audit, verify, diff, history"),
     "log": Command("libs.flags.cli", "main_log", "run logs: check"),
 }

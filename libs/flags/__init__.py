@@ -10,7 +10,7 @@ from libs.flags.audit_record import Anchor, audit_path
 from libs.flags.catalog import CATALOG
 from libs.flags.compare import GateChange, agreement, compare_for_resume
 from libs.flags.environment import CONFIG_PREFIX, Launch, fathom_variables, launch
-from libs.flags.errors import ExitStatus, GateRefused, Refusal, UserError, nearest, run_entry
+from libs.flags.errors import ExitStatus, GateRefused, Refusal, RunRefused, UserError, nearest, run_entry
 from libs.flags.facts import Facts
 from libs.flags.gateset import GateSet, Resolution
 from libs.flags.installed import (
@@ -49,6 +49,7 @@ __all__ = [
     "Refusal",
     "Resolution",
     "RunLog",
+    "RunRefused",
     "Stage",
     "UserError",
     "VerifyResult",

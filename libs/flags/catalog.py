@@ -19,13 +19,18 @@ _HOPPER_RECIPES = ("delayed", "tensorwise", "blockwise")
 
 @needs(
     "kernels.two_d",
-    "rank-2 shared tiles in fwd, bwd_fwd and bwd_bwd",
-    "ask for fwd only, or build the backward kernels in the 2-D layout",
-    values=("all",),
+    "a scan backend with rank-2 shared tiles in the kernels it reaches",
+    "use mimo_backend=tilelang; ask for fwd only where the backward kernels are not in the 2-D layout; or off",
 )
-def _two_d_layout(_value: GateValue, facts: Facts) -> str | None:
-    missing = [kernel for kernel in _SCAN_KERNELS if kernel not in facts.two_d_kernels]
-    return f"needs rank-2 shared tiles, which these kernels lack: {', '.join(missing)}" if missing else None
+def _two_d_layout(value: GateValue, facts: Facts) -> str | None:
+    backend = facts.mimo_backend or "(none chosen)"
+    if not facts.two_d_kernels:
+        return f"scan backend {backend} has no kernel with rank-2 shared tiles"
+    reached = _SCAN_KERNELS if value == "all" else _SCAN_KERNELS[:1]
+    missing = [kernel for kernel in reached if kernel not in facts.two_d_kernels]
+    return (
+        f"needs rank-2 shared tiles, which these kernels of {backend} lack: {', '.join(missing)}" if missing else None
+    )
 
 
 @needs(
@@ -56,6 +61,15 @@ def _psiv_headroom(_value: GateValue, facts: Facts) -> str | None:
     return f"needs {needed:,} bytes ({per_layer:,} for each of {layers} layers), free: {free:,}"
 
 
+@needs("kernels.split_scan", "a scan backend with split-scan kernels", "use mimo_backend=tilelang, or off")
+def _split_kernels(_value: GateValue, facts: Facts) -> str | None:
+    if facts.split_scan_kernels:
+        return None
+    backend = facts.mimo_backend or "(none chosen)"
+    known = facts.split_scan_kernels is not None
+    return f"scan backend {backend} has no split-scan kernels" if known else "needs split-scan kernels: unknown here"
+
+
 @needs(
     "shape.split_scan",
     "B*H below the number of multiprocessors",
@@ -74,6 +88,29 @@ def _fp8_recipe(_value: GateValue, facts: Facts) -> str | None:
     if facts.fp8_recipe in _HOPPER_RECIPES:
         return None
     return f"needs an fp8 recipe of {', '.join(_HOPPER_RECIPES)}, found {facts.fp8_recipe or 'none'}"
+
+
+@needs(
+    "selftest.liger",
+    "a passed self-test of the per-token gradients with non-uniform weights",
+    "install a version that passes it, or leave the gate off",
+)
+def _liger_is_right(_value: GateValue, facts: Facts) -> str | None:
+    if facts.liger_selftest is True:
+        return None
+    detail = facts.liger_selftest_detail
+    known = "not run here" if facts.liger_selftest is None else "it failed"
+    return f"needs a passed self-test of the per-token gradients: {known}{f' ({detail})' if detail else ''}"
+
+
+@needs(
+    "layout.tensor_parallel",
+    "one tensor-parallel rank",
+    "use tp = 1, or leave the gate off: the chunked loss splits the vocabulary over ranks",
+)
+def _whole_vocabulary(_value: GateValue, facts: Facts) -> str | None:
+    tp = facts.tensor_parallel
+    return None if tp == 1 else f"needs tp = 1, it is {'unknown here' if tp is None else tp}"
 
 
 @needs("model.mtp_depth", "a model with MTP heads", "use a pattern with MTP depths, such as M-M-*-/*-")
@@ -98,13 +135,19 @@ _STATE_SLOTS = fact_true(
     "state_slots", "recurrent-state slots to snapshot", "use memory_only, which never skips prefill"
 )._replace(values=("snapshots",))
 
+# The range that megatron-core 0.16.1 declares ends at 2.12; a later one is asked for by a value of its own, so that the
+# request is in the audit chain, in every checkpoint and equal on all ranks (decision 0009).
+_ANY_LATER_TE = package("transformer-engine", "2.9")._replace(
+    name="package.transformer-engine.untried", values=("on_untried_te",)
+)
+
 CATALOG: Mapping[str, GateSpec] = build_catalog(
     [
         GateSpec(
             name="tma",
             kind=Kind.ENUM,
             values=("off", "fwd", "all"),
-            stage=Stage.SCAFFOLD,
+            stage=Stage.EXPERIMENTAL,
             since=_SINCE,
             expiry=_EXPIRY,
             owner="kernels",
@@ -115,7 +158,7 @@ CATALOG: Mapping[str, GateSpec] = build_catalog(
             name="warp_specialization",
             kind=Kind.ENUM,
             values=("off", "fwd", "all"),
-            stage=Stage.SCAFFOLD,
+            stage=Stage.EXPERIMENTAL,
             since=_SINCE,
             expiry=_EXPIRY,
             owner="kernels",
@@ -127,7 +170,7 @@ CATALOG: Mapping[str, GateSpec] = build_catalog(
             name="psiv_cache",
             kind=Kind.STAGES,
             values=("off", "python_precompute", "gmem_pool", "bwd_fwd_reuse", "bwd_bwd_reuse"),
-            stage=Stage.SCAFFOLD,
+            stage=Stage.EXPERIMENTAL,
             since=_SINCE,
             expiry=_EXPIRY,
             owner="kernels",
@@ -138,14 +181,14 @@ CATALOG: Mapping[str, GateSpec] = build_catalog(
             name="split_scan",
             kind=Kind.ENUM,
             values=("off", "auto", "on"),
-            stage=Stage.SCAFFOLD,
+            stage=Stage.EXPERIMENTAL,
             since=_SINCE,
             expiry=_EXPIRY,
             owner="kernels",
             summary="Split the sequence over multiprocessors when batch * heads does not fill the device.",
             preconditions=(
                 on_device("cuda"),
-                fact_true("split_scan_kernels", "built split-scan kernels", "build the split-scan kernels"),
+                _split_kernels,
                 _too_few_blocks,
             ),
         ),
@@ -171,8 +214,8 @@ CATALOG: Mapping[str, GateSpec] = build_catalog(
         ),
         GateSpec(
             name="fp8_param_gather",
-            kind=Kind.BOOL,
-            values=("off", "on"),
+            kind=Kind.ENUM,
+            values=("off", "on", "on_untried_te"),
             stage=Stage.SCAFFOLD,
             since=_SINCE,
             expiry=_EXPIRY,
@@ -181,7 +224,8 @@ CATALOG: Mapping[str, GateSpec] = build_catalog(
             preconditions=(
                 on_device("cuda"),
                 capability(9, 0),
-                package("transformer-engine", "2.9", "2.12"),
+                package("transformer-engine", "2.9", "2.12")._replace(values=("on",)),
+                _ANY_LATER_TE,
                 fact_true("distributed_optimizer", "the megatron distributed optimizer", "use that optimizer"),
                 fact_true("bf16", "bf16 training", "train in bf16"),
                 _fp8_recipe,
@@ -191,19 +235,16 @@ CATALOG: Mapping[str, GateSpec] = build_catalog(
             name="fused_linear_ce",
             kind=Kind.ENUM,
             values=("off", "liger"),
-            stage=Stage.SCAFFOLD,
+            stage=Stage.EXPERIMENTAL,
             since=_SINCE,
             expiry=_EXPIRY,
             owner="kernels",
             summary="Liger's fused linear cross-entropy in place of the chunked one.",
             preconditions=(
                 on_device("cuda"),
-                package("liger-kernel", "0.8.2"),
-                fact_true(
-                    "liger_selftest",
-                    "a passed self-test of the per-token gradients with non-uniform weights",
-                    "install a version that passes it, or leave the gate off",
-                ),
+                package("liger-kernel", "0.8.3"),
+                _liger_is_right,
+                _whole_vocabulary,
             ),
         ),
         GateSpec(

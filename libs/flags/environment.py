@@ -55,12 +55,14 @@ REDACTED = "[redacted]"
 
 
 class Launch(NamedTuple):
-    """This process among its peers. attempt: how often torchrun has restarted the group (0 at first)."""
+    """This process among its peers. attempt: how often torchrun has restarted the group (0 at first). job: the name
+    torchrun gives all attempts of a job, "" without one."""
 
     rank: int
     local_rank: int
     world_size: int
     attempt: int
+    job: str = ""
 
 
 def names_a_secret(name: str) -> bool:
@@ -95,8 +97,9 @@ def parse_launch(environ: Mapping[str, str]) -> Launch:
     needed = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     present = [name for name in needed if name in environ]
     attempt = _whole(environ, "TORCHELASTIC_RESTART_COUNT", default=0)
+    job = environ.get("TORCHELASTIC_RUN_ID", "")
     if not present:
-        return Launch(rank=0, local_rank=0, world_size=1, attempt=attempt)
+        return Launch(rank=0, local_rank=0, world_size=1, attempt=attempt, job=job)
     missing = [name for name in needed if name not in environ]
     if missing:
         raise UserError(
@@ -106,7 +109,7 @@ def parse_launch(environ: Mapping[str, str]) -> Launch:
     rank, local_rank, world_size = (_whole(environ, name) for name in needed)
     if not (rank < world_size and local_rank < world_size):
         raise UserError(f"RANK={rank}, LOCAL_RANK={local_rank} do not fit WORLD_SIZE={world_size} (ranks count from 0)")
-    return Launch(rank, local_rank, world_size, attempt)
+    return Launch(rank, local_rank, world_size, attempt, job)
 
 
 def _whole(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -66,8 +66,13 @@ class Refusal(NamedTuple):
         return "\n".join(lines)
 
 
-class GateRefused(RuntimeError):
-    """A requested gate cannot be honoured, so the run stops (exit 78). Holds every refusal, not one."""
+class RunRefused(RuntimeError):
+    """What was asked for is well-formed and cannot be had, so the run does not start (exit 78): a gate that cannot be
+    honoured, a kernel that failed its self-test."""
+
+
+class GateRefused(RunRefused):
+    """A requested gate cannot be honoured. Holds every refusal, not one."""
 
     def __init__(self, refusals: Iterable[Refusal]) -> None:
         self.refusals: tuple[Refusal, ...] = tuple(refusals)
@@ -79,7 +84,7 @@ def run_entry(main: Entry, argv: Sequence[str] | None = None) -> int:
     """Run an entry point; the errors a user can meet become "error: ..." on stderr and an exit status."""
     try:
         return int(main(argv))
-    except GateRefused as error:
+    except RunRefused as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitStatus.GATE_REFUSED
     except UserError as error:

@@ -128,10 +128,12 @@ class EnvSnapshot(Event):
 
 
 class KernelCompiled(Event):
+    """cached: the compiler found it on disk; None when it does not tell (few seconds are the sign then)."""
+
     name = "kernel.compiled"
     kernel: str
     seconds: float
-    cached: bool
+    cached: bool | None = None
     details: dict[str, JsonValue] = {}
 
 

@@ -54,6 +54,8 @@ class Facts(BaseModel):
     distributed_optimizer: bool | None = None
     fp8_recipe: str | None = None
     liger_selftest: bool | None = None
+    liger_selftest_detail: str | None = None
+    tensor_parallel: int | None = None
 
     # The model and its inference.
     homogeneous_stack: bool | None = None

@@ -16,7 +16,7 @@ from libs.flags.compare import GateChange, show
 from libs.flags.errors import GateRefused, Refusal
 from libs.flags.events import GateChanged, GateExposed, GateRefusedEvent, GateRow, GatesResolved
 from libs.flags.gateset import GateSet, Resolution
-from libs.flags.registry import GateSpec, GateValue, Outcome, Stage
+from libs.flags.registry import NEEDS_EVIDENCE, GateSpec, GateValue, Outcome, Stage
 from libs.flags.runlog import RunLog
 
 
@@ -174,12 +174,24 @@ class GateStatus(NamedTuple):
 
     stage: Stage
     values: dict[str, Stage]
+    evidence: tuple[str, ...]
+
+    @property
+    def built(self) -> tuple[str, ...]:
+        """The values that can be asked for."""
+        return tuple(word for word, stage in self.values.items() if stage is not Stage.SCAFFOLD)
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The values whose gain a receipt in `evidence` shows."""
+        return tuple(word for word, stage in self.values.items() if stage in NEEDS_EVIDENCE)
 
 
 def scaffold_status(catalog: Mapping[str, GateSpec] = CATALOG) -> dict[str, GateStatus]:
-    """The stage of every gate and of each of its values. Needs no installed gates."""
+    """The stage of every gate and of each of its values: what is built, and what is measured. Needs no installed
+    gates."""
     return {
-        name: GateStatus(spec.stage, {word: spec.stage_of(word) for word in spec.values[1:]})
+        name: GateStatus(spec.stage, {word: spec.stage_of(word) for word in spec.values[1:]}, spec.evidence)
         for name, spec in catalog.items()
     }
 

@@ -27,11 +27,12 @@ from libs.flags.events import (
     GateExposed,
     GateRefusedEvent,
     GatesResolved,
+    KernelSelftest,
     RunStart,
     RunStop,
     TrainStep,
 )
-from libs.flags.runlog import TORN_LINE, Envelope, log_path, parse_record
+from libs.flags.runlog import TORN_LINE, Envelope, log_path, next_attempt, parse_record
 from libs.flags.runs import verify_run
 
 _BEFORE_TRAINING = ("config.resolved", "gates.resolved", "env.snapshot", "data.fingerprint")
@@ -95,7 +96,11 @@ def check_log(run: Path, *, rank: int = 0) -> LogReport:
     if not attempts:
         violations.append(Finding("run.start", 0, "the log holds no event"))
     elif not isinstance(attempts[-1][-1].event, RunStop):
-        violations.append(Finding("run.stop", attempts[-1][-1].line, "the last event is not run.stop"))
+        last = attempts[-1][-1]
+        # A rank that crashed and had no part in later attempts: the run went on with fewer ranks.
+        left_out = rank != 0 and next_attempt(run) - 1 > last.envelope.attempt
+        found = Finding("run.stop", last.line, "the last event is not run.stop")
+        (notes if left_out else violations).append(found)
     violations += _against_audit(run, rank, attempts)
     ordered = tuple(sorted(set(violations), key=lambda finding: (finding.line, finding.rule)))
     return LogReport(len(entries), len(attempts), ordered, tuple(notes))
@@ -151,7 +156,7 @@ def _start(attempt: Attempt) -> Findings:
 
 
 def _stop(attempt: Attempt) -> Findings:
-    refusals = [entry for entry in attempt if isinstance(entry.event, GateRefusedEvent)]
+    refusals = [entry for entry in attempt if isinstance(entry.event, GateRefusedEvent) or _failed(entry)]
     for entry in attempt[:-1]:
         if isinstance(entry.event, RunStop):
             yield Finding("run.stop", entry.line, "events follow run.stop in the same attempt")
@@ -162,14 +167,19 @@ def _stop(attempt: Attempt) -> Findings:
         if code not in _EXIT_OF[status]:
             yield Finding("run.stop", entry.line, f"status {status} does not go with exit code {code}")
         if (status == "refused") != bool(refusals):
-            said = f"{len(refusals)} gate.refused"
+            said = f"{len(refusals)} gate.refused or failed kernel.selftest"
             yield Finding("run.stop", entry.line, f"status {status} does not go with {said} in this attempt")
 
 
+def _failed(entry: _Entry) -> bool:
+    return isinstance(entry.event, KernelSelftest) and not entry.event.passed
+
+
 def _steps(attempt: Attempt) -> Findings:
-    last_step, last_tokens, seen = -1, -1, set[str]()
+    last_step, last_tokens, seen, wrong_kernel = -1, -1, set[str](), False
     for entry in attempt:
         seen.add(entry.event.name)
+        wrong_kernel = wrong_kernel or _failed(entry)
         step = entry.envelope.step
         if entry.event.needs_step and step is None:
             yield Finding("steps", entry.line, f"{entry.event.name} without a step")
@@ -186,6 +196,8 @@ def _steps(attempt: Attempt) -> Findings:
             yield Finding("order", entry.line, f"train.step before {', '.join(missing)}")
         if "gate.refused" in seen:
             yield Finding("gates", entry.line, "train.step after a refused gate")
+        if wrong_kernel:
+            yield Finding("selftest", entry.line, "train.step after a failed kernel.selftest")
         last_step, last_tokens = max(last_step, step), entry.event.tokens_total
 
 
@@ -209,7 +221,11 @@ def _gates(attempt: Attempt) -> Findings:
 
 def _checkpoints(attempt: Attempt) -> Findings:
     open_path: str | None = None
+    begun = False
     for entry in attempt:
+        if isinstance(entry.event, CheckpointAbort) and not begun and entry.envelope.attempt > 0:
+            continue  # left half-written by an earlier attempt that could not say so
+        begun = begun or isinstance(entry.event, CheckpointBegin)
         if isinstance(entry.event, CheckpointBegin):
             if open_path is not None:
                 yield Finding("checkpoint", entry.line, f"begins while {open_path} is open")
@@ -241,11 +257,15 @@ def _across(attempts: Sequence[Attempt]) -> Findings:
         restored = False
         for entry in attempt:
             event, step = entry.event, entry.envelope.step
-            if isinstance(event, CheckpointCommit):
+            # A crash can come between the marker and the line that tells of it: begun and not given up is enough.
+            if isinstance(event, CheckpointBegin | CheckpointCommit):
                 committed.add(step)
+            if isinstance(event, CheckpointAbort):
+                committed.discard(step)
             if isinstance(event, CheckpointRestore):
                 restored = True
-                if trained and step not in committed:
+                # Other ranks than 0 need not have been there when it was committed.
+                if trained and step not in committed and entry.envelope.rank == 0:
                     yield Finding("checkpoint", entry.line, f"restores step {step}, which this log never committed")
             if isinstance(event, DataFingerprint):
                 if fingerprint not in (None, event.fingerprint):

@@ -35,7 +35,7 @@ class Stage(StrEnum):
 
 
 _RISE = (Stage.SCAFFOLD, Stage.EXPERIMENTAL, Stage.MEASURED, Stage.DEFAULT_ON, Stage.LOCKED)
-_NEEDS_EVIDENCE = frozenset({Stage.MEASURED, Stage.DEFAULT_ON, Stage.LOCKED})
+NEEDS_EVIDENCE = frozenset({Stage.MEASURED, Stage.DEFAULT_ON, Stage.LOCKED})
 _ON_BY_DEFAULT = frozenset({Stage.DEFAULT_ON, Stage.LOCKED})
 
 
@@ -129,7 +129,7 @@ class GateSpec(BaseModel):
     def _stage_fits_fields(self) -> GateSpec:
         if (self.default != OFF) != (self.stage in _ON_BY_DEFAULT):
             raise ValueError(f"{self.name}: default {self.default!r} does not fit stage {self.stage}")
-        if self.stage in _NEEDS_EVIDENCE and not self.evidence:
+        if self.stage in NEEDS_EVIDENCE and not self.evidence:
             raise ValueError(f"{self.name}: stage {self.stage} needs evidence, a receipt in infra/receipts/")
         if any(not path.startswith("infra/receipts/") for path in self.evidence):
             raise ValueError(f"{self.name}: evidence is a path under infra/receipts/, got {self.evidence}")

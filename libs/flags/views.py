@@ -71,7 +71,10 @@ def explain(spec: GateSpec, here: Mapping[str, Sequence[str]]) -> None:
     out.print(f"[bold]{spec.name}[/]  {spec.variable}  [dim]{spec.stage}, owner {spec.owner}, since {spec.since}[/]")
     out.print(escape(spec.summary))
     out.print(f"values: {escape(', '.join(spec.vocabulary()))} (default {spec.default})")
+    lagging = {word: stage for word in spec.values[1:] if (stage := spec.stage_of(word)) is not spec.stage}
     for label, items in (
+        ("built", [", ".join(spec.runnable()) or "nothing yet"] if spec.values[1:] else []),
+        ("stage of a value", [f"{word}: {stage}" for word, stage in lagging.items()]),
         ("needs", [f"{p.requires}{_for(p.values)}  remedy: {p.remedy}" for p in spec.preconditions]),
         ("needs gate", [f"{d.gate} = {' or '.join(d.values)} (for {d.value})" for d in spec.depends_on]),
         ("conflicts with", [f"{c.gate}: {c.reason}" for c in spec.conflicts]),

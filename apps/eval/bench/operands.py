@@ -52,19 +52,22 @@ class Operands(NamedTuple):
         return sum(tensor.numel() * tensor.element_size() for tensor in self)
 
 
-def make_operands(shape: Shape, *, seed: int, dtype: torch.dtype = torch.float32) -> Operands:
+def make_operands(
+    shape: Shape, *, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Operands:
     """Seeded operands in a trained mixer's ranges: q and k of unit RMS, dt in [1e-3, 0.1], A in (-2, 0].
 
-    Drawn in float32 and then converted, so that float64 operands are the same numbers.
+    Drawn in float32 and then converted, so that float64 operands are the same numbers. They are drawn where they
+    stay (`device`, default CPU), and every kind of device draws others.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu" if device is None else device).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(dtype)
+        return torch.randn(size, generator=generator, device=device).to(dtype)
 
     batch, seq_len, heads, rank = shape.B, shape.S, shape.H, shape.R
-    dt = 10 ** (torch.rand(batch, heads, seq_len, generator=generator) * 2 - 3)
-    adt = -2 * torch.rand(batch, heads, seq_len, generator=generator) * dt
+    dt = 10 ** (torch.rand(batch, heads, seq_len, generator=generator, device=device) * 2 - 3)
+    adt = -2 * torch.rand(batch, heads, seq_len, generator=generator, device=device) * dt
     return Operands(
         q_BSRGN=normal(batch, seq_len, rank, shape.G, shape.N),
         k_BSRGN=normal(batch, seq_len, rank, shape.G, shape.N),

@@ -102,7 +102,7 @@ def run_ops(plan: OpsPlan, *, command: Sequence[str], machine: str | None) -> Re
     """
     gates = resolve(fathom_variables(), Facts(device="cpu", mimo_backend="chunked"))
     torch.set_num_threads(plan.threads)
-    load_before = os.getloadavg()[0]
+    load_before, source = os.getloadavg()[0], snapshot({})
     outcomes = check_contenders(seed=plan.seed, chunk_size=plan.chunk_size)
     if not all(outcome.passed for outcome in outcomes):
         raise RedGate(outcomes)
@@ -113,17 +113,13 @@ def run_ops(plan: OpsPlan, *, command: Sequence[str], machine: str | None) -> Re
     config: dict[str, Any] = {**plan._asdict(), "shape": Shape(plan.main_seq_len).describe()}
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
     aims = _aims(plan, ratios, peaks)
-    source = snapshot({})
     hardware = _hardware(source, machine, plan.threads, load_before)
     return Receipt(
         what=f"mamba3_mimo at {Shape(plan.main_seq_len).describe()} against GEMM, plain PyTorch, SDPA",
         subject="ops",
         created=utc_now(),
         command=redact_command(command),
-        code=Code(
-            version=source["packages"]["fathom"],
-            **{key: source[key] for key in Code.model_fields if key != "version"},
-        ),
+        code=Code.of(source),
         config=config,
         config_hash=hash_json(config),
         gates_hash=gates.hash,

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
@@ -32,9 +32,31 @@ class Code(_Record):
     git_dirty_hash: str | None
     git_reason: str | None
 
+    @classmethod
+    def of(cls, source: Mapping[str, Any]) -> Code:
+        """From `libs.flags.provenance.snapshot`, taken before the measurement: it names what ran."""
+        named = {key: source[key] for key in cls.model_fields if key != "version"}
+        return cls(version=source["packages"]["fathom"], **named)
+
+
+class Gpu(_Record):
+    """The GPU and its state when the run began; null where nothing could be read."""
+
+    name: str = Field(min_length=1)
+    capability: str = Field(pattern=r"^\d+\.\d+$")
+    multiprocessors: int = Field(ge=1)
+    memory_bytes: int = Field(gt=0)
+    cuda: str = Field(description="the CUDA that torch is built with")
+    driver: str | None
+    sm_clock_mhz: float | None
+    memory_clock_mhz: float | None
+    max_sm_clock_mhz: float | None
+    power_limit_w: float | None
+    temperature_c: float | None
+
 
 class Hardware(_Record):
-    """machine: the name a reader knows it by. threads: those that torch used."""
+    """machine: the name a reader knows it by. threads: those that torch used. gpu: exactly when the device is one."""
 
     machine: str = Field(min_length=1)
     device: Literal["cpu", "cuda"]
@@ -44,6 +66,13 @@ class Hardware(_Record):
     threads: int = Field(ge=1)
     memory_bytes: int = Field(gt=0)
     load_before: float = Field(ge=0, description="1-minute load average just before: how alone the machine was")
+    gpu: Gpu | None = None
+
+    @model_validator(mode="after")
+    def _a_gpu_is_named(self) -> Self:
+        if (self.device == "cuda") != (self.gpu is not None):
+            raise ValueError(f"device {self.device} with gpu {self.gpu}: a CUDA receipt names its GPU, no other does")
+        return self
 
 
 class Sampled(_Record):
@@ -114,7 +143,7 @@ class Ratio(_Record):
 
 
 class Memory(_Record):
-    """Peak extra bytes of forward+backward; see bench/memory.py for the two methods."""
+    """Peak extra bytes of forward+backward; see bench/memory.py for the two methods. On a GPU: torch's allocator."""
 
     name: str
     seq_len: int

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
-from apps.eval.bench.receipt import Ratio, Receipt
+from apps.eval.bench.receipt import Check, Hardware, Ratio, Receipt
+
+_MANY_CHECKS = 12
 
 
 def print_receipt(receipt: Receipt, console: Console) -> None:
@@ -15,17 +19,13 @@ def print_receipt(receipt: Receipt, console: Console) -> None:
     dirty = " with uncommitted changes" if receipt.code.git_dirty else ""
     console.print(f"[bold]{receipt.what}[/bold]", highlight=False, soft_wrap=True)
     console.print(
-        f"machine {hardware.machine}; {hardware.threads} threads; load before {hardware.load_before:.2f}; "
+        f"machine {hardware.machine}; {_device(hardware)}; load before {hardware.load_before:.2f}; "
         f"torch {receipt.versions['torch']}; commit {commit}{dirty}",
         highlight=False,
         soft_wrap=True,
     )
-    for check in receipt.correctness:
-        console.print(
-            f"  green: {check.name}: {check.error:.2g} (tolerance {check.tolerance:.0e})",
-            highlight=False,
-            soft_wrap=True,
-        )
+    for line in _checks(receipt.correctness):
+        console.print(f"  green: {line}", highlight=False, soft_wrap=True)
     console.print(_times(receipt))
     console.print(_ratio_table(receipt))
     console.print(_memory(receipt))
@@ -42,6 +42,26 @@ def print_receipt(receipt: Receipt, console: Console) -> None:
         console.print(f"[dim]{note}[/dim]", highlight=False, soft_wrap=True)
 
 
+def _device(hardware: Hardware) -> str:
+    if hardware.gpu is None:
+        return f"{hardware.threads} threads"
+    clock = hardware.gpu.sm_clock_mhz
+    at = "clock unknown" if clock is None else f"at {clock:.0f} MHz"
+    return f"{hardware.gpu.name}, {hardware.gpu.multiprocessors} multiprocessors, {at}, driver {hardware.gpu.driver}"
+
+
+def _checks(checks: Sequence[Check]) -> list[str]:
+    """A line for each, or, when they are many, one for each tolerance with the check that came closest to it."""
+    if len(checks) <= _MANY_CHECKS:
+        return [f"{check.name}: {check.error:.2g} (tolerance {check.tolerance:.0e})" for check in checks]
+    lines = []
+    for tolerance in sorted({check.tolerance for check in checks}):
+        group = [check for check in checks if check.tolerance == tolerance]
+        worst = max(group, key=lambda check: check.error)
+        lines.append(f"{len(group)} checks within {tolerance:g}; the worst: {worst.name}: {worst.error:.2g}")
+    return lines
+
+
 def _times(receipt: Receipt) -> Table:
     table = Table(title="seconds per call", title_justify="left")
     table.add_column("contender")
@@ -49,8 +69,8 @@ def _times(receipt: Receipt) -> Table:
         table.add_column(heading, justify="right")
     for s in receipt.contenders:
         rate = "" if s.flops is None else f"{s.flops / s.mean_s / 1e9:.1f}"
-        std = "" if s.std_s is None else f"{s.std_s:.4f}"
-        table.add_row(s.name, str(s.n), f"{s.mean_s:.4f}", std, f"{s.min_s:.4f}", rate)
+        std = "" if s.std_s is None else f"{s.std_s:.3g}"
+        table.add_row(s.name, str(s.n), f"{s.mean_s:.4g}", std, f"{s.min_s:.4g}", rate)
     return table
 
 

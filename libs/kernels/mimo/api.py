@@ -7,6 +7,7 @@ One signature for every backend: upstream's names and order for what it also has
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeAlias, overload
@@ -25,6 +26,7 @@ from libs.kernels.mimo.shapes import (
     check_boundaries,
     check_inputs,
     check_state,
+    checked_boundaries,
 )
 
 Backend: TypeAlias = Callable[[MimoInputs, Dims, MimoState | None], MimoResult]
@@ -34,11 +36,26 @@ def _runs_anywhere(device_type: str) -> str | None:
     return None if device_type in ("cpu", "cuda", "meta") else "plain torch kernels are checked on cpu and cuda only"
 
 
-BACKENDS: Mapping[str, Callable[[str], str | None]] = {"chunked": _runs_anywhere, "reference": _runs_anywhere}
+def _needs_hopper(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return "its kernels are for Hopper GPUs (on a CPU their sources run in tests only)"
+    if importlib.util.find_spec("tilelang") is None:
+        return "the package tilelang is not installed (it is in the extra fathom[cuda])"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major == 9 else f"its kernels need compute capability 9.x, this device has {major}.{minor}"
+
+
+# "auto" takes the first that runs. The Hopper kernels come last, so they are taken by name only, until a receipt shows
+# that they win end to end.
+BACKENDS: Mapping[str, Callable[[str], str | None]] = {
+    "chunked": _runs_anywhere,
+    "reference": _runs_anywhere,
+    "tilelang": _needs_hopper,
+}
 
 
 def choose_backend(requested: str, device: torch.device | str) -> Choice:
-    """Resolve "auto", "chunked" or "reference" for a device, with the reason. See `libs.kernels.backend.pick`."""
+    """Resolve "auto" or a backend's name for a device, with the reason. See `libs.kernels.backend.pick`."""
     return pick("mamba3_mimo", requested, torch.device(device).type, BACKENDS)
 
 
@@ -88,13 +105,13 @@ def mamba3_mimo(
             term restart at each.
         initial_state: one row per sequence; feeding a sequence in two calls equals one call.
         norm_weight: (H,P) turns the output norm on: RMSNorm over P, before the gate.
-        backend: "auto", "chunked" or "reference".
+        backend: "auto", "chunked", "reference" or "tilelang" (bf16 on Hopper, shapes of its tile table).
 
     Returns:
         (B,S,H,P), or (B,S,R,H,P) when MIMO_Out is None; with `return_state` also a `MimoState`.
 
     Raises:
-        ValueError: shapes that do not fit, or a backend that cannot run here.
+        ValueError: shapes or a dtype that do not fit, or a backend that cannot run here.
     """
     inputs = MimoInputs(
         q=Q, k=K, v=V, adt=ADT, dt=DT, trap=Trap, q_bias=Q_bias, k_bias=K_bias, mimo_v=MIMO_V, angles=Angles,
@@ -103,13 +120,19 @@ def mamba3_mimo(
     dims = check_inputs(inputs, rotary_dim_divisor)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    bounds = None if cu_seqlens is None else check_boundaries(cu_seqlens, dims)
-    if initial_state is not None:
-        check_state(initial_state, dims.B if bounds is None else len(bounds) - 1, dims)
     choice = choose_backend(backend, V.device)
+    if initial_state is not None:
+        check_state(initial_state, dims.B if cu_seqlens is None else len(cu_seqlens) - 1, dims)
 
     # The scan keeps its own precision rules; autocast would round the state update to bf16.
     with contextlib.nullcontext() if V.device.type == "meta" else torch.autocast(V.device.type, enabled=False):
+        if choice.value == "tilelang":
+            out, state = _on_hopper(
+                inputs, dims, chunk_size, rotary_dim_divisor, norm_eps, initial_state, cu_seqlens, return_state
+            )
+            out = out.to(V.dtype if dtype is None else dtype)
+            return (out, state) if return_state else out
+        bounds = None if cu_seqlens is None else check_boundaries(cu_seqlens, dims)
         if choice.value == "reference":
 
             def run(part: MimoInputs, part_dims: Dims, state: MimoState | None) -> MimoResult:
@@ -127,6 +150,21 @@ def mamba3_mimo(
             out, state = _document_by_document(run, inputs, dims, bounds, initial_state)
     out = out.to(V.dtype if dtype is None else dtype)
     return (out, state) if return_state else out
+
+
+def _on_hopper(
+    inputs: MimoInputs, dims: Dims, chunk_size: int, rotary_dim_divisor: int, norm_eps: float,
+    state: MimoState | None, cu_seqlens: Tensor | None, return_state: bool,
+) -> MimoResult:  # fmt: skip
+    # tilelang is an optional dependency, and takes seconds to import.
+    from libs.kernels.mimo.sm90.scan import mimo_sm90
+
+    if inputs.v.is_cuda and inputs.v.dtype != torch.bfloat16:
+        raise ValueError(f"backend 'tilelang' computes in bfloat16, V is {inputs.v.dtype}; use bf16 or 'chunked'")
+    bounds = None if cu_seqlens is None else checked_boundaries(cu_seqlens, dims).to(inputs.v.device)
+    return mimo_sm90(
+        inputs, dims, chunk_size, rotary_dim_divisor, norm_eps, state, bounds, return_state=return_state
+    )  # fmt: skip
 
 
 def _document_by_document(

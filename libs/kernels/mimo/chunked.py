@@ -47,7 +47,7 @@ def mimo_chunked(
     layout = plan(dims, chunk_size, rotary_dim_divisor, norm_eps)
     masks = None if bounds is None else document_masks(bounds, layout.chunks, layout.C, inputs.v.device)
     weights = scan_weights(inputs.adt.to(acc), inputs.dt.to(acc), inputs.trap.to(acc), layout.chunks, layout.C, masks)
-    start_angle, h_first = _entry(inputs, dims, state, weights, acc)
+    start_angle, h_first = entry(inputs, dims, state, weights, acc)
     theta, end_angle = wrapped_angles(
         inputs.angles.to(acc), inputs.dt.to(acc), start_angle, layout.chunks, layout.C, masks
     )
@@ -61,7 +61,7 @@ def mimo_chunked(
     return out, final
 
 
-def _entry(
+def entry(
     inputs: MimoInputs, dims: Dims, state: MimoState | None, weights: Weights, acc: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Start angle (B,H,A) and the state entering the first chunk (B,H,N,P): the given one plus the shifted term

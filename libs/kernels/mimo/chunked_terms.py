@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional as nnF
 
 from libs.kernels.mimo.shapes import TWO_PI
 
@@ -32,12 +32,15 @@ class DocumentMasks(NamedTuple):
     through_c: Tensor
 
 
-def document_masks(bounds: list[int], chunks: int, C: int, device: torch.device) -> DocumentMasks:
-    """Masks for documents [bounds[i], bounds[i+1]); the padding behind the last token belongs to the last one."""
-    edges = torch.tensor(bounds, device=device)
-    position = torch.arange(chunks * C, device=device)
-    document = torch.bucketize(position, edges[1:-1], right=True)
-    doc_cC = document.view(chunks, C)
+def document_ids(bounds: list[int] | Tensor, tokens: int, device: torch.device) -> Tensor:
+    """(tokens,) number of the document [bounds[i], bounds[i+1]) that each token is in; padding is in the last one."""
+    edges = torch.as_tensor(bounds, device=device)
+    return torch.bucketize(torch.arange(tokens, device=device), edges[1:-1], right=True)
+
+
+def document_masks(bounds: list[int] | Tensor, chunks: int, C: int, device: torch.device) -> DocumentMasks:
+    """Masks for packed documents; see `document_ids`."""
+    doc_cC = document_ids(bounds, chunks * C, device).view(chunks, C)
     first_c = torch.cat([doc_cC[:1, 0], doc_cC[:-1, -1]])  # document in force just before the chunk
     lower = torch.ones(C, C, dtype=torch.bool, device=device).tril()
     return DocumentMasks(
@@ -48,12 +51,12 @@ def document_masks(bounds: list[int], chunks: int, C: int, device: torch.device)
     )
 
 
-def _running_sum(u_BcxC: Tensor, masks: DocumentMasks | None) -> Tensor:
+def _running_sum(u_BcxC: Tensor, pair_cCC: Tensor | None) -> Tensor:
     """Sum up to each token inside its chunk and document. With documents it is a product with a 0/1 matrix: the
     difference of two running sums would let the last bits of one document leak into the next."""
-    if masks is None:
+    if pair_cCC is None:
         return u_BcxC.cumsum(dim=-1)
-    return u_BcxC @ masks.pair_cCC.transpose(1, 2).to(u_BcxC.dtype)
+    return u_BcxC @ pair_cCC.transpose(1, 2).to(u_BcxC.dtype)
 
 
 class Weights(NamedTuple):
@@ -82,19 +85,19 @@ def scan_weights(
     and on later ones with gamma_t + dt_{t+1} (1 - lambda_{t+1}). Padding has dt = 0 and so no weight."""
     B, H, S = dt_BHS.shape
     pad = (0, chunks * C - S)
-    dt, adt = F.pad(dt_BHS, pad), F.pad(adt_BHS, pad)
-    lam = torch.sigmoid(F.pad(trap_BHS, pad))
+    dt, adt = nnF.pad(dt_BHS, pad), nnF.pad(adt_BHS, pad)
+    lam = torch.sigmoid(nnF.pad(trap_BHS, pad))
     gamma = lam * dt
     lead = dt * (1 - lam)  # what token t adds to its predecessor's key, before decay
-    shifted = F.pad(lead[..., 1:], (0, 1))
+    shifted = nnF.pad(lead[..., 1:], (0, 1))
 
     def by_chunk(u_BHS: Tensor) -> Tensor:
         return u_BHS.view(B, H, chunks, C).transpose(1, 2)
 
     gamma_c, shifted_c = by_chunk(gamma), by_chunk(shifted)
-    later = gamma_c + F.pad(shifted_c[..., :-1], (0, 1))
+    later = gamma_c + nnF.pad(shifted_c[..., :-1], (0, 1))
     return Weights(
-        log_decay=_running_sum(by_chunk(adt), masks),
+        log_decay=_running_sum(by_chunk(adt), None if masks is None else masks.pair_cCC),
         gamma=gamma_c,
         later=later,
         shift_BcH=shifted_c[..., -1],
@@ -102,57 +105,87 @@ def scan_weights(
     )
 
 
+# Angles between chunks are counted in whole steps of a turn, so that their sums are exact: in any order, and however a
+# sequence is cut on the chunk grid. A step is wide enough for the decode state's dtype to tell it from the next.
+_STEPS_PER_TURN = {torch.float32: 2**23, torch.float64: 2**50}
+
+
+def _steps(angle: Tensor, per_turn: int) -> Tensor:
+    turns = torch.remainder(angle.double() / TWO_PI, 1.0)
+    return torch.round(turns * per_turn).to(torch.int64)
+
+
+def _last_restart(through_c: Tensor) -> Tensor:
+    """(c,) the last chunk up to each one in which a document starts, or -1."""
+    place = torch.arange(len(through_c), device=through_c.device)
+    return torch.where(through_c, -1, place).cummax(dim=0).values
+
+
+def _sum_onward(u_Bc: Tensor, through_c: Tensor | None) -> Tensor:
+    """Sum from each chunk to the end, or to the first chunk through which nothing passes; in log2(c) steps, and
+    adding nothing that is not part of the sum."""
+    passes = torch.ones(u_Bc.shape[1], dtype=torch.bool, device=u_Bc.device) if through_c is None else through_c
+    total, shift = u_Bc, 1
+    while shift < u_Bc.shape[1]:
+        moved = torch.where(passes[:-shift, None, None], total[:, shift:], 0.0)
+        total = torch.cat([total[:, :-shift] + moved, total[:, -shift:]], dim=1)
+        passes = torch.cat([passes[:-shift] & passes[shift:], passes[-shift:]])
+        shift *= 2
+    return total
+
+
 class _WrappedCumsum(torch.autograd.Function):
     """Cumulative sum modulo 2 pi along the sequence, restarting at documents.
 
-    The sum inside a chunk is taken in fp64; the offset between chunks is kept mod 2 pi in the dtype of the decode
-    state, so that a scan continued from a saved state on the chunk grid gives the same bits.
+    The sum inside a chunk is taken in fp64, between chunks in whole steps of a turn. No loop over chunks.
     """
 
     @staticmethod
-    def forward(ctx: Any, turn_BcHAC: Tensor, start_BHA: Tensor, masks: DocumentMasks | None) -> tuple[Tensor, Tensor]:
-        chunks, C = turn_BcHAC.shape[1], turn_BcHAC.shape[-1]
-        ctx.masks = masks
-        inside = _running_sum(turn_BcHAC.flatten(2, 3).double(), masks).view(turn_BcHAC.shape)
-        offsets = torch.empty(chunks + 1, *start_BHA.shape, device=inside.device, dtype=turn_BcHAC.dtype)
-        offsets[0] = start_BHA
-        ends_cBHA = inside[..., -1].transpose(0, 1).contiguous()
-        through = [True] * chunks if masks is None else masks.through_c.tolist()
-        for c in range(chunks):
-            total = offsets[c] + ends_cBHA[c] if through[c] else ends_cBHA[c]
-            offsets[c + 1].copy_(total.remainder_(TWO_PI) if through[c] else total.remainder(TWO_PI))
-        carried = offsets[:-1].transpose(0, 1)[..., None].double()
-        if masks is not None:
-            carried = carried * masks.carry_cC[None, :, None, None, :]
-        theta = inside.add_(carried).remainder_(TWO_PI).to(turn_BcHAC.dtype)
+    def forward(
+        ctx: Any, turn_BcHAC: Tensor, start_BHA: Tensor, pair_cCC: Tensor | None, carry_cC: Tensor | None,
+        leave_cC: Tensor | None, through_c: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.save_for_backward(pair_cCC, carry_cC, leave_cC, through_c)
+        dtype = turn_BcHAC.dtype
+        inside = _running_sum(turn_BcHAC.flatten(2, 3).double(), pair_cCC).view(turn_BcHAC.shape)
+        per_turn = _STEPS_PER_TURN[dtype]
+        start = _steps(start_BHA, per_turn)[:, None]
+        steps = _steps(inside[..., -1], per_turn)
+        total = steps.cumsum(dim=1) + start
+        if through_c is not None:
+            # A document that starts in a chunk takes back everything before: an exact difference of integers.
+            restart = _last_restart(through_c)
+            taken = (total - steps)[:, restart.clamp_min(0)]
+            total = total - torch.where(restart[:, None, None] < 0, 0, taken)
+        after = (torch.bitwise_and(total, per_turn - 1).double() * (TWO_PI / per_turn)).to(dtype)
+        before = torch.cat([start_BHA[:, None].to(dtype), after[:, :-1]], dim=1)
+        carried = before[..., None].double()
+        if carry_cC is not None:
+            carried = carried * carry_cC[None, :, None, None, :]
+        theta = (inside + carried).remainder(TWO_PI).to(dtype)
         # The last token's angle is the state: bit-equal by construction, not by a second rounding.
-        theta[..., C - 1] = offsets[1:].transpose(0, 1)
-        return theta, offsets[-1].clone()
+        theta = torch.cat([theta[..., :-1], after[..., None]], dim=-1)
+        return theta, after[:, -1].clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         d_theta_BcHAC, d_end_BHA = grads
-        masks: DocumentMasks | None = ctx.masks
-        chunks = d_theta_BcHAC.shape[1]
+        pair_cCC, carry_cC, leave_cC, through_c = ctx.saved_tensors
         # Inside a chunk: the sum from each token to the end of the chunk or of its document.
-        if masks is None:
+        if pair_cCC is None:
             upto = d_theta_BcHAC.cumsum(dim=-1)
-            total = upto[..., -1:].clone()
-            d_turn = upto.neg_().add_(d_theta_BcHAC).add_(total)
-            carried_cBHA = total[..., 0].transpose(0, 1)
+            total = upto[..., -1:]
+            d_turn = d_theta_BcHAC - upto + total
+            carried_BcHA = total[..., 0]
         else:
-            d_turn = (d_theta_BcHAC.flatten(2, 3) @ masks.pair_cCC.to(d_theta_BcHAC.dtype)).view(d_theta_BcHAC.shape)
-            carried_cBHA = (d_theta_BcHAC * masks.carry_cC[None, :, None, None, :]).sum(dim=-1).transpose(0, 1)
-        # Between chunks, from the last to the first; summed in fp64, since a sequence has thousands of them.
-        later_cBHA = torch.empty(chunks, *d_end_BHA.shape, dtype=torch.float64, device=d_turn.device)
-        later_cBHA[-1] = d_end_BHA
-        through = [True] * chunks if masks is None else masks.through_c.tolist()
-        for c in range(chunks - 1, 0, -1):
-            later = carried_cBHA[c] + later_cBHA[c] if through[c] else carried_cBHA[c]
-            later_cBHA[c - 1].copy_(later)
-        onward = later_cBHA.transpose(0, 1)[..., None].to(d_turn.dtype)
-        d_turn.add_(onward if masks is None else onward * masks.leave_cC[None, :, None, None, :])
-        return d_turn, d_turn[:, 0, :, :, 0].clone(), None
+            d_turn = (d_theta_BcHAC.flatten(2, 3) @ pair_cCC.to(d_theta_BcHAC.dtype)).view(d_theta_BcHAC.shape)
+            carried_BcHA = (d_theta_BcHAC * carry_cC[None, :, None, None, :]).sum(dim=-1)
+        # Between chunks; in fp64, since a sequence has thousands of them.
+        arriving = torch.cat([carried_BcHA.double(), d_end_BHA[:, None].double()], dim=1)
+        passes = None if through_c is None else nnF.pad(through_c, (0, 1))
+        onward = _sum_onward(arriving, passes)[:, 1:, ..., None].to(d_turn.dtype)
+        d_turn = d_turn + (onward if leave_cC is None else onward * leave_cC[None, :, None, None, :])
+        return d_turn, d_turn[:, 0, :, :, 0].clone(), None, None, None, None
 
 
 def wrapped_angles(
@@ -161,7 +194,9 @@ def wrapped_angles(
     """theta_t = theta_{t-1} + tanh(angle_t) pi dt_t, mod 2 pi. Returns theta (B,c,H,A,C) and its last value (B,H,A)."""
     B, S, H, A = angles_BSHA.shape
     turn_BHAS = torch.tanh(angles_BSHA).permute(0, 2, 3, 1) * (dt_BHS * torch.pi)[:, :, None]
-    turn_BHAS = F.pad(turn_BHAS, (0, chunks * C - S))
+    turn_BHAS = nnF.pad(turn_BHAS, (0, chunks * C - S))
     turn_BcHAC = turn_BHAS.view(B, H, A, chunks, C).permute(0, 3, 1, 2, 4)
-    theta, end = _WrappedCumsum.apply(turn_BcHAC, start_BHA, masks)  # type: ignore[no-untyped-call]
+    theta, end = _WrappedCumsum.apply(  # type: ignore[no-untyped-call]
+        turn_BcHAC, start_BHA, *([None] * 4 if masks is None else masks)
+    )
     return theta, end

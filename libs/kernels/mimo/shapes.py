@@ -7,6 +7,7 @@ Not for arithmetic: every backend receives an already checked `MimoInputs` and t
 from __future__ import annotations
 
 import itertools
+import weakref
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -154,14 +155,54 @@ def check_boundaries(cu_seqlens: Tensor, dims: Dims) -> list[int]:
     Raises:
         ValueError: B is not 1, or the boundaries do not run from 0 to S strictly upwards.
     """
+    _check_packing(cu_seqlens, dims)
+    return _rising(cu_seqlens, dims.S)
+
+
+def checked_boundaries(cu_seqlens: Tensor, dims: Dims) -> Tensor:
+    """The same check for who can work with the tensor. Its values are read once, however many layers are given it, for
+    reading them waits for the GPU; `torch.compile` sees one opaque step.
+
+    Raises:
+        ValueError: as `check_boundaries`.
+    """
+    _check_packing(cu_seqlens, dims)
+    if torch.compiler.is_compiling():
+        return torch.ops.fathom.checked_boundaries(cu_seqlens, dims.S)  # type: ignore[no-any-return]
+    seen = (cu_seqlens._version, dims.S)
+    last = _LAST_CHECKED.get("last")
+    if last is None or last[0]() is not cu_seqlens or last[1] != seen:
+        _rising(cu_seqlens, dims.S)
+        _LAST_CHECKED["last"] = (weakref.ref(cu_seqlens), seen)
+    return cu_seqlens
+
+
+_LAST_CHECKED: dict[str, tuple[weakref.ref[Tensor], tuple[int, int]]] = {}
+
+
+@torch.library.custom_op("fathom::checked_boundaries", mutates_args=())
+def _checked_op(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    _rising(cu_seqlens, tokens)
+    return cu_seqlens.clone()
+
+
+@_checked_op.register_fake
+def _(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    return torch.empty_like(cu_seqlens)
+
+
+def _check_packing(cu_seqlens: Tensor, dims: Dims) -> None:
     if dims.B != 1:
         raise ValueError(f"cu_seqlens packs documents into one row: B must be 1, got B={dims.B}")
     if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
         raise ValueError(f"cu_seqlens must be a 1-D integer tensor, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+
+
+def _rising(cu_seqlens: Tensor, tokens: int) -> list[int]:
     bounds = [int(b) for b in cu_seqlens.tolist()]
     increasing = all(a < b for a, b in itertools.pairwise(bounds))
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != dims.S or not increasing:
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or not increasing:
         raise ValueError(
-            f"cu_seqlens must rise strictly from 0 to S={dims.S}, got {bounds[:8]}{'...' if len(bounds) > 8 else ''}"
+            f"cu_seqlens must rise strictly from 0 to S={tokens}, got {bounds[:8]}{'...' if len(bounds) > 8 else ''}"
         )
     return bounds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ DESIGN = {
     "split_scan": (Kind.ENUM, ("off", "auto", "on")),
     "register_split": (Kind.ENUM, ("off",)),
     "cute_dsl": (Kind.ENUM, ("off",)),
-    "fp8_param_gather": (Kind.BOOL, ("off", "on")),
+    "fp8_param_gather": (Kind.ENUM, ("off", "on", "on_untried_te")),
     "fused_linear_ce": (Kind.ENUM, ("off", "liger")),
     "xla_scan_layers": (Kind.BOOL, ("off", "on")),
     "pallas_attention": (Kind.BOOL, ("off", "on")),
@@ -47,7 +48,7 @@ RICH = Facts(
         "jax": "1",
         "torch-xla": "2",
     },
-    mimo_backend="sm90",
+    mimo_backend="tilelang",
     psiv_stages=PSIV,
     psiv_bytes_per_layer=64 << 20,
     n_mamba_layers=24,
@@ -57,6 +58,7 @@ RICH = Facts(
     distributed_optimizer=True,
     fp8_recipe="blockwise",
     liger_selftest=True,
+    tensor_parallel=1,
     homogeneous_stack=True,
     attention_in_tile_table=True,
     mtp_depth=1,
@@ -94,9 +96,41 @@ def test_nothing_is_on_by_default() -> None:
 
 def test_scaffold_status_shows_the_psiv_stages_separately() -> None:
     status = scaffold_status()
-    assert status["psiv_cache"].values == dict.fromkeys(PSIV, Stage.SCAFFOLD)
+    assert status["psiv_cache"].values == dict.fromkeys(PSIV, Stage.EXPERIMENTAL)
     assert status["register_split"].stage is Stage.RETIRED
     assert set(status) == set(DESIGN)
+
+
+def test_the_scan_kernels_are_built_and_none_is_measured() -> None:
+    """`measured` follows from the stage, and a stage that says so needs a receipt."""
+    status = scaffold_status()
+    for gate in ("tma", "warp_specialization", "psiv_cache", "split_scan"):
+        assert status[gate].stage is Stage.EXPERIMENTAL
+        assert status[gate].built == CATALOG[gate].values[1:]
+        assert (status[gate].measured, status[gate].evidence) == ((), ())
+    assert status["fp8_param_gather"].built == ()
+    receipt = "infra/receipts/r/receipt.json"
+    stages = {"on": Stage.EXPERIMENTAL, "auto": Stage.MEASURED}
+    risen = GateSpec.model_validate(
+        dict(CATALOG["split_scan"]) | {"stage": Stage.MEASURED, "value_stages": stages, "evidence": (receipt,)}
+    )
+    found = scaffold_status({"split_scan": risen})["split_scan"]
+    assert (found.built, found.measured, found.evidence) == (("auto", "on"), ("auto",), (receipt,))
+
+
+@pytest.mark.parametrize("gate", ["tma", "warp_specialization", "psiv_cache", "split_scan"])
+def test_a_graduated_gate_can_be_had(gate: str) -> None:
+    """All its values, where everything they need is there; and none on a CPU."""
+    spec = CATALOG[gate]
+    for word in spec.values[1:]:
+        environ = {spec.variable: word} | ({"FATHOM_TMA": word} if gate == "warp_specialization" else {})
+        gates = resolve(environ, RICH)
+        assert gates.is_enabled(gate)
+        assert gates.value(gate) == word
+        with pytest.raises(GateRefused) as caught:
+            resolve(environ, Facts(mimo_backend="chunked", free_memory_bytes=10**12))
+        assert "scaffold" not in str(caught.value)
+        assert "backend chunked has no" in str(caught.value) or "unknown here" in str(caught.value)
 
 
 @pytest.mark.parametrize("spec", CATALOG.values(), ids=lambda spec: spec.name)
@@ -142,7 +176,9 @@ CASES: list[tuple[str, str, dict[str, object], str]] = [
     ("tma", "fwd", {"packages": {}}, "tilelang >=0.1.15, which is not installed"),
     ("tma", "fwd", {"packages": {"tilelang": "0.1.9"}}, "found 0.1.9"),
     ("tma", "all", {"two_d_kernels": ("fwd", "bwd_fwd")}, "lack: bwd_bwd"),
-    ("warp_specialization", "all", {"two_d_kernels": ()}, "lack: fwd, bwd_fwd, bwd_bwd"),
+    ("tma", "fwd", {"two_d_kernels": ("bwd_fwd", "bwd_bwd")}, "lack: fwd"),
+    ("warp_specialization", "all", {"two_d_kernels": ("fwd",)}, "lack: bwd_fwd, bwd_bwd"),
+    ("tma", "fwd", {"two_d_kernels": (), "mimo_backend": "chunked"}, "backend chunked has no kernel with rank-2"),
     ("warp_specialization", "fwd", {"device": "tpu"}, "needs device cuda"),
     ("psiv_cache", "gmem_pool", {"psiv_stages": ("python_precompute",)}, "stages it has: python_precompute"),
     (
@@ -154,7 +190,7 @@ CASES: list[tuple[str, str, dict[str, object], str]] = [
     ("psiv_cache", "gmem_pool", {"free_memory_bytes": 24 * (64 << 20) - 1}, "needs 1,610,612,736 bytes"),
     ("psiv_cache", "gmem_pool", {"free_memory_bytes": None}, "unknown here"),
     ("split_scan", "auto", {"split_scan_kernels": None}, "unknown here"),
-    ("split_scan", "auto", {"split_scan_kernels": False}, "not so"),
+    ("split_scan", "auto", {"split_scan_kernels": False, "mimo_backend": "chunked"}, "backend chunked has no split"),
     ("split_scan", "on", {"batch_heads": 132}, "below the 132 multiprocessors, it is 132"),
     ("split_scan", "on", {"multiprocessors": None}, "unknown here"),
     ("fp8_param_gather", "on", {"packages": {"transformer-engine": "2.12.0"}}, "found 2.12.0"),
@@ -162,8 +198,18 @@ CASES: list[tuple[str, str, dict[str, object], str]] = [
     ("fp8_param_gather", "on", {"distributed_optimizer": False}, "distributed optimizer"),
     ("fp8_param_gather", "on", {"bf16": None}, "bf16 training: unknown here"),
     ("fp8_param_gather", "on", {"fp8_recipe": "mxfp8"}, "found mxfp8"),
-    ("fused_linear_ce", "liger", {"packages": {"liger-kernel": "0.8.1"}}, "found 0.8.1"),
-    ("fused_linear_ce", "liger", {"liger_selftest": False}, "not so"),
+    ("fp8_param_gather", "on_untried_te", {"packages": {"transformer-engine": "2.8"}}, ">=2.9, found 2.8"),
+    ("fused_linear_ce", "liger", {"packages": {"liger-kernel": "0.8.1"}}, ">=0.8.3, found 0.8.1"),
+    ("fused_linear_ce", "liger", {"packages": {"liger-kernel": "0.8.2"}}, ">=0.8.3, found 0.8.2"),
+    ("fused_linear_ce", "liger", {"liger_selftest": None}, "not run here"),
+    (
+        "fused_linear_ce",
+        "liger",
+        {"liger_selftest": False, "liger_selftest_detail": "weight.grad is off"},
+        "it failed (weight.grad is off)",
+    ),
+    ("fused_linear_ce", "liger", {"tensor_parallel": None}, "tp = 1, it is unknown here"),
+    ("fused_linear_ce", "liger", {"tensor_parallel": 2}, "tp = 1, it is 2"),
     ("fused_linear_ce", "liger", {"device": "cpu"}, "needs device cuda"),
     ("xla_scan_layers", "on", {"homogeneous_stack": False}, "homogeneous"),
     ("xla_scan_layers", "on", {"device": "cuda"}, "needs device tpu"),
@@ -219,8 +265,26 @@ def test_all_missing_preconditions_of_fp8_are_listed() -> None:
     assert len(refusal.remedies) == 7
 
 
+def test_an_untried_transformer_engine_has_to_be_asked_for_by_name() -> None:
+    later = {"packages": {"transformer-engine": "2.20.2"}}
+    assert _failures("fp8_param_gather", "on_untried_te", _facts("fp8_param_gather", later)) == []
+    (said,) = _failures("fp8_param_gather", "on", _facts("fp8_param_gather", later))
+    assert ">=2.9,<2.12, found 2.20.2" in said
+
+
+def test_the_range_of_transformer_engine_is_megatron_cores() -> None:
+    (declared,) = (r for r in metadata.requires("megatron-core") or () if r.startswith("transformer-engine"))
+    assert "<2.12.0,>=2.9.0a0" in declared
+
+
+def test_liger_can_be_had_where_everything_it_needs_is_there() -> None:
+    assert resolve({"FATHOM_FUSED_LINEAR_CE": "liger"}, RICH).value("fused_linear_ce") == "liger"
+    with pytest.raises(GateRefused, match="device cuda"):
+        resolve({"FATHOM_FUSED_LINEAR_CE": "liger"}, RICH.model_copy(update={"device": "cpu"}))
+
+
 def test_warp_specialization_needs_tma_on_the_same_kernels() -> None:
-    for tma, shown in (("off", "it is off"), ("fwd", "it is refused")):
+    for tma, shown in (("off", "it is off"), ("fwd", "it is fwd")):
         with pytest.raises(GateRefused) as caught:
             resolve({"FATHOM_WARP_SPECIALIZATION": "all", "FATHOM_TMA": tma}, RICH)
         (refusal,) = [r for r in caught.value.refusals if r.gate == "warp_specialization"]

@@ -63,7 +63,7 @@ def _tamper(run: Path) -> None:
         (["status"], {"FATHOM_TMA": "off", "FATHOM_TRAIN__OPTIM__LR": "1"}, 0, ""),
         (["status"], {"FATHOM_PSIV_CACHE": "yes"}, 78, "'yes' is not a value of FATHOM_PSIV_CACHE"),
         (["status"], {"FATHOM_PSVI_CACHE": "off"}, 78, "nearest known name is FATHOM_PSIV_CACHE"),
-        (["status", "--json"], {"FATHOM_PSIV_CACHE": "gmem_pool"}, 78, "gmem_pool is not implemented"),
+        (["status", "--json"], {"FATHOM_PSIV_CACHE": "gmem_pool"}, 78, "has no stage gmem_pool"),
         (["status"], {"FATHOM_REGISTER_SPLIT": "on"}, 78, "infra/decisions/0002-register-split-rejected.md"),
         (["explain", "nope"], {}, 2, "unknown gate 'nope'"),
         (["verify", "nope"], {}, 2, "no run at nope"),
@@ -97,7 +97,7 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(text)
     assert [row["name"] for row in rows] == list(CATALOG)
     assert rows[2]["values"] == ["off", "python_precompute", "gmem_pool", "bwd_fwd_reuse", "bwd_bwd_reuse"]
-    assert set(rows[2]["value_stages"].values()) == {"scaffold"}
+    assert set(rows[2]["value_stages"].values()) == {"experimental"}
     _, table, _ = _call(capsys, "list")
     for spec in CATALOG.values():
         assert spec.variable in table

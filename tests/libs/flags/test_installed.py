@@ -163,7 +163,7 @@ def test_refusals_are_recorded(tmp_path: Path) -> None:
         ("refused", None, "off", "FATHOM_PSVI_CACHE"),
         ("refused", "tma", "fwd", "FATHOM_TMA"),
     ]
-    assert "scaffold" in records[1]["reason"]
+    assert "needs device cuda" in records[1]["reason"]
     events = list(read_events(tmp_path))
     assert [(e["event"], e["gate"], e["level"]) for e in events] == [
         ("gate.refused", None, "error"),

@@ -57,6 +57,15 @@ def test_a_refused_run_is_a_good_log(tmp_path: Path, write_run: Write) -> None:
     assert report.events == 4
 
 
+def test_a_failed_self_test_is_a_refusal(tmp_path: Path, write_run: Write) -> None:
+    def change(records: Records) -> Records:
+        kept = [record for record in records if record["event"] in ("run.start", "config.resolved", "gates.resolved")]
+        stop = records[_at(records, "run.stop")] | {"status": "refused", "exit_code": 78}
+        return [*kept, _failed_selftest(kept[-1]), stop]
+
+    assert _edit(write_run(tmp_path / "run"), change).violations == ()
+
+
 def test_a_resumed_run(tmp_path: Path, write_run: Write) -> None:
     for _ in range(3):
         write_run(tmp_path / "run")
@@ -105,6 +114,18 @@ def _swap(first: str, second: str) -> Callable[[Records], None]:
     return change
 
 
+def _failed_selftest(envelope: dict[str, Any]) -> dict[str, Any]:
+    """A record with the clock and identity of another one."""
+    kept = ("schema", "ts", "mono_ns", "run_id", "attempt", "rank", "level", "step")
+    payload = {"event": "kernel.selftest", "kernel": "mimo.chunked", "passed": False, "details": {}}
+    return {name: envelope[name] for name in kept} | payload
+
+
+def _wrong_kernel(records: Records) -> Records:
+    index = _at(records, "data.fingerprint")
+    return [*records[: index + 1], _failed_selftest(records[index]), *records[index + 1 :]]
+
+
 BROKEN: list[tuple[str, Callable[[Records], Records | None], str, str]] = [
     ("no start", _drop("run.start"), "run.start", "has 0 run.start"),
     ("two starts", _repeat("run.start"), "run.start", "has 2 run.start"),
@@ -114,6 +135,7 @@ BROKEN: list[tuple[str, Callable[[Records], Records | None], str, str]] = [
     ("wrong exit code", _set("run.stop", exit_code=1), "run.stop", "completed does not go with exit code 1"),
     ("failed with 0", _set("run.stop", status="failed"), "run.stop", "failed does not go with exit code 0"),
     ("requeue with 0", _set("run.stop", status="requeue"), "run.stop", "requeue does not go with"),
+    ("a wrong kernel trains", _wrong_kernel, "selftest", "after a failed kernel.selftest"),
     ("refused nothing", _set("run.stop", status="refused", exit_code=78), "run.stop", "0 gate.refused"),
     ("no anchor", _set("run.stop", audit_anchor=None), "anchor", "without the audit chain's anchor"),
     ("wrong anchor", _set("run.stop", audit_anchor="0" * 64 + ":3"), "anchor", "tampered"),

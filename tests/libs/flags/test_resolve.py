@@ -53,7 +53,7 @@ def test_bad_vocabulary(gate: str, text: str) -> None:
 
 @given(st.text(max_size=12))
 def test_no_text_is_taken_for_a_value(text: str) -> None:
-    """Whatever is outside the vocabulary refuses; nothing but off comes out of a catalogue of scaffolds."""
+    """Whatever is outside the vocabulary refuses; nothing but off comes out where no backend is known."""
     spec = CATALOG["psiv_cache"]
     if text in ("off", "0", "false"):
         assert resolve({spec.variable: text}, Facts()).value("psiv_cache") == "off"

@@ -80,6 +80,7 @@ def bwd_bwd(T: Any, spec: BwdSpec) -> Any:
             turn_f = T.alloc_fragment((C, A), T.f32)
             psi_f = T.alloc_fragment((R, P), T.f32)
 
+            T.occupancy(spec.min_blocks)
             T.copy(q_bias[bh, 0:R, 0:N], qb_sh)
             T.copy(k_bias[bh, 0:R, 0:N], kb_sh)
             T.copy(psi[bh, 0:R, 0:P], psi_sh)

@@ -29,6 +29,7 @@ class BwdSpec(NamedTuple):
         cached_x: PsiV comes ready in a tensor (B, H, S*R, P) and is not computed again.
         threads: of the consumers; with warp specialization the producer has 128 more.
         stages: of the software pipeline; 0 switches TMA and warp specialization off.
+        min_blocks: resident blocks asked for, which caps registers; 0 asks for nothing.
     """
 
     B: int
@@ -50,6 +51,7 @@ class BwdSpec(NamedTuple):
     norm_eps: float = 1e-5
     threads: int = 128
     stages: int = 1
+    min_blocks: int = 0
 
     @property
     def A(self) -> int:
@@ -73,7 +75,7 @@ class BwdSpec(NamedTuple):
 
     def checked(self) -> BwdSpec:
         """Itself, when the kernels can be built for it. A wrong spec is our mistake: the wrapper pads and checks."""
-        assert self.S % (self.C * self.splits) == 0, self
+        assert not isinstance(self.S, int) or self.S % (self.C * self.splits) == 0, self
         assert self.H % self.G == 0, self
         assert self.N % 4 == 0, self
         assert self.divisor in (2, 4), self

@@ -98,9 +98,11 @@ def bwd_fwd(T: Any, spec: BwdSpec) -> Any:
             zeta_f, mix_f = T.alloc_fragment((R, P), T.f32), T.alloc_fragment((R, P), T.f32)
             skip_f = T.alloc_fragment((R, P), T.f32)
 
+            T.occupancy(spec.min_blocks)
             T.copy(q_bias[bh, 0:R, 0:N], qb_sh)
             T.copy(k_bias[bh, 0:R, 0:N], kb_sh)
-            T.copy(psi[bh, 0:R, 0:P], psi_sh)
+            if not cached_x:  # a tile nobody reads would be laid over another one
+                T.copy(psi[bh, 0:R, 0:P], psi_sh)
             if has_z:
                 T.copy(zeta[bh, 0:R, 0:P], zeta_sh)
             if has_out:

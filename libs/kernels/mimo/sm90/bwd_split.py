@@ -51,6 +51,7 @@ def bwd_states(T: Any, spec: BwdSpec) -> Any:
             qb_sh = T.alloc_shared((R, N), T.f32)
             g = T.alloc_fragment((N, P), T.f32)
             passed = T.alloc_fragment((1,), T.f32)
+            T.occupancy(spec.min_blocks)
             T.copy(q_bias[bh, 0:R, 0:N], qb_sh)
             T.clear(g)
             T.fill(passed, T.number(1.0))

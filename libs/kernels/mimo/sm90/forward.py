@@ -1,82 +1,78 @@
-"""The forward pass of a whole call: arguments, output buffers, one kernel or the three of a split sequence.
-
-Runs on the CPU through TileLang's "c" target, in any precision of the dialect.
-"""
+"""The forward pass of a whole call on the kernels: one kernel, or the three of a split sequence."""
 # B sequences  S tokens, whole chunks  H heads  R rank  N state  P head width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from libs.kernels.mimo.chunked_layout import Layout, Operands
-from libs.kernels.mimo.sm90 import run
-from libs.kernels.mimo.sm90.dialect import CpuDialect
 from libs.kernels.mimo.sm90.fwd import make_forward
-from libs.kernels.mimo.sm90.spec import ScanArguments, ScanSpec, scan_arguments, scan_spec
+from libs.kernels.mimo.sm90.gates import Mode
+from libs.kernels.mimo.sm90.launch import launch
+from libs.kernels.mimo.sm90.spec import Arguments, KernelOperands, ScanSpec, documents_before, shared_arguments
 from libs.kernels.mimo.sm90.split import CombineSpec, make_combine, make_states
+
+READ = (
+    "q", "k", "v", "z", "psi", "zeta", "phi", "q_bias", "k_bias", "d", "norm_w", "log_decay", "gamma", "later",
+    "theta", "doc", "before",
+)  # fmt: skip
+READ_BY_STATES = ("k", "v", "psi", "k_bias", "log_decay", "later", "theta", "doc", "before")
 
 
 class Forward(NamedTuple):
     """Attributes:
-    out: (B,S,H,P), or (B,S,R,H,P) without MIMO_Out, without the padding.
+    out: (B,S,H,P), or (B,S,R,H,P) without MIMO_Out.
     h_end: (B,H,N,P).
     init_BHsNP: the state that entered each split.
-    x_BHLP: PsiV if the variant wrote it.
     """
 
     out: Tensor
     h_end: Tensor
     init_BHsNP: Tensor
-    x_BHLP: Tensor | None
 
 
 def scan_forward(
-    op: Operands, layout: Layout, bounds: list[int] | None, dialect: CpuDialect, *, splits: int = 1,
-    psiv: str = "compute", x_BHLP: Tensor | None = None, share_x: bool = False, flags: Sequence[str] = run.QUICK,
+    op: KernelOperands, doc_S: Tensor | None, spec: ScanSpec, mode: Mode, x_BHLP: Tensor | None = None,
+    states_spec: ScanSpec | None = None,
 ) -> Forward:  # fmt: skip
-    """Forward of one call on the CPU. `splits` must divide the number of chunks; `psiv` "read" needs `x_BHLP`."""
-    acc: torch.dtype = getattr(torch, dialect.dtype)
-    spec = scan_spec(op, layout, bounds is not None)._replace(splits=splits, psiv=psiv, share_x=share_x)
-    args = scan_arguments(op, layout, bounds, acc, acc)
-    if dialect.rounds:
-        args = args._replace(**{name: run.round_bf16(getattr(args, name)) for name in args._fields[:4]})
-    first = op.h_first.to(acc).contiguous()
-    init = first[:, :, None] if splits == 1 else split_states(args, spec, first, dialect)
-    return _outputs(args, spec, init.contiguous(), layout.dims.S, x_BHLP, dialect, flags)
+    """Forward of one call.
+
+    Args:
+        doc_S: document of each token (int32), when documents are packed.
+        x_BHLP: (B,H,S*R,P) PsiV, read or written as `spec.psiv` says; None when it is computed.
+        states_spec: the variant of the state pass of a split sequence; None takes `spec`.
+    """
+    assert spec.chunks % spec.splits == 0, f"{spec.chunks} chunks do not divide into {spec.splits} splits"
+    given = shared_arguments(op) | _weights(op, doc_S, spec.C)
+    if spec.splits == 1:
+        init = op.first[:, :, None]
+    else:
+        init = _entering_states(given, spec if states_spec is None else states_spec, op.first, mode)
+    B, S, H, R, P = spec.B, spec.S, spec.H, spec.R, spec.P
+    out = op.v.new_empty((B, S, H, P) if spec.out else (B, S * R, H, P))
+    last = torch.empty_like(op.first)
+    assert (x_BHLP is None) == (spec.psiv == "compute"), f"PsiV to {spec.psiv}: {x_BHLP}"
+    x = op.v.new_zeros(1, 1, 1, 1) if x_BHLP is None else x_BHLP
+    launch(make_forward, spec, mode, [*(given[name] for name in READ), init, x, out, last])
+    return Forward(out if spec.out else out.view(B, S, R, H, P), last, init)
 
 
-def split_states(args: ScanArguments, spec: ScanSpec, first_BHNP: Tensor, dialect: CpuDialect) -> Tensor:
+def _weights(op: KernelOperands, doc_S: Tensor | None, C: int) -> Arguments:
+    none = torch.zeros(1, dtype=torch.int32, device=op.v.device)
+    return {
+        "log_decay": op.log_decay, "gamma": op.gamma, "later": op.later, "theta": op.theta,
+        "doc": none if doc_S is None else doc_S, "before": none if doc_S is None else documents_before(doc_S, C),
+    }  # fmt: skip
+
+
+def _entering_states(given: Arguments, spec: ScanSpec, first_BHNP: Tensor, mode: Mode) -> Tensor:
     """(B,H,splits,N,P): the state that enters each split, from the state pass and the combining pass."""
     B, H, N, P = first_BHNP.shape
     local = first_BHNP.new_empty(B, H, spec.splits, N, P)
-    total = first_BHNP.new_empty(B, H, spec.splits)
-    run.call(make_states, spec, dialect, [
-        args.k_BLGN, args.v_BSHP, args.psi_HRP, args.k_bias_HRN, args.log_decay_BHS, args.later_BHS, args.theta_BSHA,
-        args.doc_S, args.before_S, local, total,
-    ])  # fmt: skip
+    through = first_BHNP.new_empty(B, H, spec.splits)
+    launch(make_states, spec._replace(psiv="compute"), mode, [*(given[n] for n in READ_BY_STATES), local, through])
     init = torch.empty_like(local)
-    run.call(make_combine, CombineSpec(B, H, N, P, spec.splits), dialect, [local, total, first_BHNP, init])
+    launch(make_combine, CombineSpec(B, H, N, P, spec.splits), "plain", [local, through, first_BHNP, init])
     return init
-
-
-def _outputs(
-    args: ScanArguments, spec: ScanSpec, init: Tensor, tokens: int, x_BHLP: Tensor | None, dialect: CpuDialect,
-    flags: Sequence[str],
-) -> Forward:  # fmt: skip
-    B, S, H, R, P = spec.B, spec.S, spec.H, spec.R, spec.P
-    out = init.new_empty((B, S, H, P) if spec.out else (B, S * R, H, P))
-    last = init.new_empty(B, H, spec.N, P)
-    if spec.psiv == "compute":
-        x = init.new_zeros(1, 1, 1, 1)
-    elif spec.psiv == "read":
-        assert x_BHLP is not None, "reading PsiV needs it"
-        x = x_BHLP
-    else:
-        x = init.new_empty(B, H, S * R, P)
-    run.call(make_forward, spec, dialect, [*args, init, x, out, last], flags)
-    shaped = out if spec.out else out.view(B, S, R, H, P)
-    return Forward(shaped[:, :tokens], last, init, x if spec.psiv == "write" else None)

@@ -6,7 +6,9 @@ Only the meaning: who resolves gates from the environment, and refuses what a ba
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from libs.flags.installed import value_of
 
 Reach = Literal["off", "fwd", "all"]
 Split = Literal["off", "auto", "on"]
@@ -17,6 +19,14 @@ Side = Literal["fwd", "bwd"]
 # producer warp group of its own.
 Mode = Literal["plain", "tma", "ws"]
 MODES: tuple[Mode, ...] = ("plain", "tma", "ws")
+
+# Field of `KernelGates` -> gate of the catalogue.
+GATES = {
+    "tma": "tma",
+    "warp_specialization": "warp_specialization",
+    "split_scan": "split_scan",
+    "psiv": "psiv_cache",
+}
 
 
 @dataclass(frozen=True)
@@ -33,21 +43,22 @@ class KernelGates:
             reached = self.warp_specialization in ("all", side)
             assert not reached or self.tma in ("all", side), "warp specialization needs tma on the same kernels"
 
+    @classmethod
+    def from_installed(cls) -> KernelGates:
+        """Those in force in this process. Asking records the exposure of all four: each shapes every kernel.
+
+        Raises:
+            GatesNotInstalled: the program has not resolved its gates; there is no default to fall back on.
+        """
+        # Refused outside their vocabulary when they were resolved, so the words fit the types.
+        words: dict[str, Any] = {field: value_of(gate) for field, gate in GATES.items()}
+        return cls(**words)
+
     def mode(self, side: Side) -> Mode:
         """How kernels of one side are built."""
         if self.warp_specialization in ("all", side):
             return "ws"
         return "tma" if self.tma in ("all", side) else "plain"
-
-    @property
-    def psiv_is_read_forward(self) -> bool:
-        """The forward reads PsiV from memory instead of multiplying."""
-        return self.psiv == "python_precompute"
-
-    @property
-    def psiv_is_written(self) -> bool:
-        """The forward leaves PsiV in memory for the backward kernels."""
-        return self.psiv in ("gmem_pool", "bwd_fwd_reuse", "bwd_bwd_reuse")
 
 
 def pass_configs(mode: Mode) -> dict[str, object]:

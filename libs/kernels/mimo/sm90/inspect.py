@@ -1,22 +1,30 @@
 """Facts about a kernel's CUDA side without a GPU: launch, shared memory, TMA and wgmma sites, registers, spills, lint.
 
-Lowering needs no nvcc; registers need nvcc and ptxas. Nothing here runs a kernel.
+Lowering needs no nvcc; registers need nvcc and ptxas. Nothing here runs a kernel. `inspect` keeps its findings on disk.
 """
 
 from __future__ import annotations
 
-import math
+import hashlib
+import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import tilelang
 from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
+from tilelang.env import env as tilelang_env
 
 from libs.flags.errors import UserError
-from libs.kernels.mimo.sm90.dialect import REGISTERS_PER_SM, WARP_GROUP, CudaDialect
+from libs.kernels.mimo.sm90 import lint as lint_module
+from libs.kernels.mimo.sm90.dialect import REGISTERS_PER_SM, CudaDialect
+from libs.kernels.mimo.sm90.gates import Mode
+from libs.kernels.mimo.sm90.lint import lint, overlaps
 
 SHARED_PER_BLOCK = 232_448  # bytes a block may have on sm_90
 SHARED_PER_SM = 233_472  # 228 KiB; every resident block takes 1 KiB more than it asks for
@@ -26,16 +34,7 @@ BLOCKS_PER_SM = 32
 MULTIPROCESSORS = 132  # H100 SXM, H200
 
 _SETMAXNREG = re.compile(r"tl::warpgroup_reg_(?:de)?alloc<\d+>\(\);")
-_SETMAXNREG_COUNT = re.compile(r"tl::warpgroup_reg_(?:de)?alloc<(\d+)>\(\);")
-_POINTER = re.compile(r"void\* (\w+) = \(\(void\*\)\(\(char\*\)buf_dyn_shmem \+ (\d+)\)\)")
-_TILE = re.compile(r"(\w+) = T\.(?:sblock_)?alloc_buffer\((\([^)]*\)|\d+)(?:, \"(\w+)\")?, scope=\"shared")
-_FILLED = re.compile(r"\(\((?:bfloat16_t|float|int)\*\)(\w+)\)\[")
-_BYTES = {"bfloat16": 2, "float32": 4, "int32": 4}
-_PRODUCER = re.compile(
-    r"if \(\(\(int\)threadIdx\.x\) < \d+\) \{\n"
-    r"(?:\s*tl::warpgroup_reg_dealloc|(?:.*\n){0,3}?\s*for \(|\s*tl::__sync_thread_partial)"
-)
-_RING = re.compile(r"\((\w+) & (\d+)\)|\((\w+) % (\d+)\)")
+NVCC_WHEEL = "nvidia-cuda-nvcc"
 
 
 class Registers(NamedTuple):
@@ -51,7 +50,7 @@ class Facts(NamedTuple):
     """One compiled kernel.
 
     Attributes:
-        grid, threads: as launched; `threads` includes a producer warp group.
+        grid, threads: as launched; 0 for an extent that is known at launch only. `threads` includes a producer group.
         shared: dynamic and static bytes a block.
         registers: as compiled, that is with the ceiling that setmaxnreg or a wanted occupancy sets.
         needed: without setmaxnreg and without a wanted occupancy.
@@ -77,17 +76,37 @@ class Facts(NamedTuple):
     tma_ranks: tuple[int, ...]
     lint: tuple[str, ...]
 
-    @property
-    def busy(self) -> int:
-        """Multiprocessors of 132 that get a block."""
-        blocks = 1
-        for extent in self.grid:
-            blocks *= extent
-        return min(blocks, MULTIPROCESSORS)
-
 
 def inspect(func: Any, dialect: CudaDialect) -> Facts:
-    """All facts of one traced kernel. A block that asks for more shared memory than there is counts 0 `blocks`."""
+    """All facts of one traced kernel. A block that asks for more shared memory than there is counts 0 `blocks`.
+
+    From disk when the same text was inspected before, by the same tools and the same code of this module.
+    """
+    path = Path(tilelang_env.TILELANG_CACHE_DIR) / "facts" / f"{_text_key(func, dialect)}.json"
+    if path.is_file():
+        return _read(path.read_text(encoding="utf-8"))
+    facts = inspect_now(func, dialect)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        json.dump(facts._asdict(), file)
+    Path(file.name).replace(path)  # whole or not at all: two processes may write it
+    return facts
+
+
+def _text_key(func: Any, dialect: CudaDialect) -> str:
+    code = b"".join(Path(str(name)).read_bytes() for name in (__file__, lint_module.__file__))
+    parts = [func.script(show_meta=True), dialect.key, *tool_versions().values(), code.hex()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _read(text: str) -> Facts:
+    found: dict[str, Any] = json.loads(text)
+    values: list[Any] = [tuple(v) if isinstance(v, list) else v for v in (found[name] for name in Facts._fields)]
+    return Facts(*values)
+
+
+def inspect_now(func: Any, dialect: CudaDialect) -> Facts:
+    """`inspect` without the disk."""
     artifact = dialect.lower(func)
     source: str = artifact.kernel_source
     grid, threads, dynamic = _launch(artifact)
@@ -143,32 +162,92 @@ def tma_ranks(artifact: Any) -> tuple[int, ...]:
     return tuple(ranks)
 
 
+def mismatches(mode: Mode, facts: Facts) -> tuple[str, ...]:
+    """What in the emitted code of a scan kernel is not what `mode` says; () when all is as asked.
+
+    plain: no TMA at all. tma, ws: tiles come by TMA in boxes of at most two dimensions. ws: from a producer group.
+    """
+    found = []
+    tma = facts.tma_loads + facts.tma_stores + facts.bulk_copies
+    if mode == "plain" and tma:
+        found.append(f"{tma} TMA sites, although TMA is off")
+    if mode != "plain" and not facts.tma_loads + facts.bulk_copies:
+        found.append("no tile comes by TMA, although TMA is on")
+    if mode != "plain" and not facts.tma_ranks:
+        found.append("no tile has a TMA descriptor, although TMA is on")
+    if any(rank > 2 for rank in facts.tma_ranks):
+        found.append(f"TMA boxes of {', '.join(map(str, facts.tma_ranks))} dimensions; tiles must be two-dimensional")
+    if facts.specialized != (mode == "ws"):
+        found.append(f"warp specialization is {'on' if facts.specialized else 'off'} in mode {mode}")
+    return tuple(found)
+
+
+def emitted_matches(mode: Mode, facts: Facts) -> bool:
+    """Whether the emitted code does what the gates ask for; `mismatches` says what does not."""
+    return not mismatches(mode, facts)
+
+
 def _launch(artifact: Any) -> tuple[tuple[int, ...], int, int]:
     functions = list(artifact.device_mod.functions.values())
     assert len(functions) == 1, "one kernel a module"
     attributes = functions[0].attrs
-    extents = {str(k): int(v) for k, v in attributes["thread_extent"].items()}
+    # A size left open is a variable here
+    extents = {str(k): int(getattr(v, "value", 0)) for k, v in attributes["thread_extent"].items()}
     grid = tuple(extents.get(f"blockIdx.{axis}", 1) for axis in "xyz")
     dynamic = int(attributes["dyn_shared_memory_buf"]) if "dyn_shared_memory_buf" in attributes else 0
     return grid, extents["threadIdx.x"], dynamic
 
 
+@cache
+def nvcc_path() -> str:
+    """nvcc from the PATH, else from the wheel.
+
+    Raises:
+        UserError: neither is there.
+    """
+    on_path = shutil.which("nvcc")
+    return nvcc_of_wheel() if on_path is None else on_path
+
+
+def nvcc_of_wheel() -> str:
+    """nvcc of the wheel nvidia-cuda-nvcc, 13 or newer; those for CUDA 12 have ptxas only.
+
+    Raises:
+        UserError: the wheel is not installed, or has no nvcc.
+    """
+    try:
+        files = importlib.metadata.files(NVCC_WHEEL) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == "nvcc":
+            return str(file.locate())
+    raise UserError(
+        "nvcc is neither on the PATH nor installed as a wheel; install the extra `dev` of this project, or CUDA 13"
+    )
+
+
 def ptxas(source: str, arch: str = "sm_90a") -> Registers:
     """Compile a CUDA source to a cubin and read what ptxas reports."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        raise UserError("nvcc is not on the PATH; install a CUDA 13 toolkit or the wheel nvidia-cuda-nvcc")
     number = arch.removeprefix("sm_")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cu"
         path.write_text(source)
         command = [
-            nvcc, "-std=c++20", "-cubin", "-gencode", f"arch=compute_{number},code=sm_{number}", "-Xptxas", "-v", "-w",
-            f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}", str(path), "-o", str(path.with_suffix(".cubin")),
+            nvcc_path(), "-std=c++20", "-cubin", "-gencode", f"arch=compute_{number},code=sm_{number}",
+            "-Xptxas", "-v", "-w", f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}", str(path),
+            "-o", str(path.with_suffix(".cubin")),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"nvcc refused a generated source:\n{done.stderr[-3000:]}"
     return parse_ptxas(done.stderr)
+
+
+@cache
+def tool_versions() -> dict[str, str]:
+    """Versions of the compilers: what facts are good for."""
+    said = subprocess.run([nvcc_path(), "--version"], capture_output=True, text=True, check=True).stdout
+    return {"tilelang": str(tilelang.__version__), "nvcc": said.splitlines()[-1]}
 
 
 def parse_ptxas(log: str) -> Registers:
@@ -179,48 +258,3 @@ def parse_ptxas(log: str) -> Registers:
     assert used is not None, f"no kernel in the log of ptxas:\n{log[-2000:]}"
     static = re.search(r"(\d+) bytes smem", log)
     return Registers(int(used[1]), int(spills[1]), int(spills[2]), int(static[1]) if static else 0)
-
-
-def overlaps(source: str, func: Any) -> list[str]:
-    """Tiles filled by TMA that share memory with another tile: the fill may come while the other is in use."""
-    sizes = {name: _bytes(shape, dtype or "float32") for name, shape, dtype in _TILE.findall(func.script())}
-    spans = {name: (int(at), int(at) + sizes[name]) for name, at in _POINTER.findall(source)}
-    filled = set()
-    for call in re.findall(r"tl::tma_load\(.*", source):
-        for name in _FILLED.findall(call):
-            if name in spans:
-                filled.add(name)
-                ring = _RING.search(call[call.index(name) :])
-                slots = 1 if ring is None else int(ring[2]) + 1 if ring[2] else int(ring[4])
-                spans[name] = (spans[name][0], spans[name][0] + slots * sizes[name])
-    return [
-        f"{name} is filled by TMA and shares memory with {other}"
-        for name in sorted(filled)
-        for other in sorted(spans)
-        if other != name and spans[other][0] < spans[name][1] and spans[name][0] < spans[other][1]
-    ]
-
-
-def _bytes(shape: str, dtype: str) -> int:
-    return math.prod(int(extent) for extent in re.findall(r"\d+", shape)) * _BYTES[dtype]
-
-
-def lint(source: str, registers: int, threads: int) -> list[str]:
-    """Code of TileLang 0.1.15 that compiles and is wrong; [] is clean. `registers` a thread are launched with."""
-    body = source[source.index("main_kernel(") :]
-    found = []
-    wanted = sum(int(n) for n in _SETMAXNREG_COUNT.findall(source)) * WARP_GROUP
-    if wanted > registers * threads:
-        found.append(f"setmaxnreg asks for {wanted} registers of the block's {registers * threads}: it would hang")
-    split = _PRODUCER.search(body)
-    if "mbarrier" in body and split and "stmatrix" in body[: split.start()]:
-        found.append("stmatrix before the warp-specialized loop: the producer's registers overwrite the tile")
-    for load in re.findall(r"tl::tma_load\((.*)\);", body):
-        barrier = re.search(r"mbarrier\[(.*?)\]", load)
-        ring = _RING.search(barrier[1]) if barrier else None
-        target = load[load.index("(&(") :].split("])), ")[0] if "(&(" in load else ""
-        if ring and ring.group(0) not in target:
-            found.append(f"a TMA load signals ring slot {ring.group(0)} but writes an unstaged tile: {target[:60]}")
-    for division in sorted(set(re.findall(r"\brdiv\w* = \(.* / -\d+\)", body))):
-        found.append(f"division by a negative constant, from an index (c - i) // k: {division}")
-    return found

@@ -112,7 +112,7 @@ def small_plan(*, rounds: int, chunk_size: int, threads: int, seed: int) -> ops.
 @pytest.fixture
 def small_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "measure_peak", fake_peaks)
-    monkeypatch.setattr("apps.eval.bench.__main__.quick_plan", small_plan)
+    monkeypatch.setattr("apps.eval.bench.ops_command.quick_plan", small_plan)
 
 
 @pytest.mark.usefixtures("small_bench")
@@ -191,13 +191,20 @@ def test_what_does_not_fit_is_left_out_with_the_figures(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "cuda"], "no GPU kernels yet"),
+        (["--device", "cuda"], "there is no CUDA device here"),
         (["--n", "0"], "--n 0"),
         (["--threads", "9999"], "--threads 9999"),
         (["--chunk-size", "0"], "--chunk-size 0"),
+        (["--against", "mamba_ssm"], "--against mamba_ssm: only with --device cuda"),
+        (["--device", "cuda", "--chunk-size", "16"], "--chunk-size 16: only with --device cpu"),
+        (["--device", "cuda", "--base", "ws"], "unknown base 'ws'"),
+        (["--device", "cuda", "--minutes", "0"], "--minutes 0"),
     ],
 )
-def test_refusals(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run_entry(main, ["ops", *arguments]) == 2
     assert message in capsys.readouterr().err
 

@@ -68,7 +68,7 @@ def test_backends_are_taken_or_refused_never_replaced() -> None:
     assert choose_backend("auto", "cpu").value == "chunked"
     assert "cpu" in choose_backend("auto", "cpu").reason
     assert choose_backend("reference", "cpu") == ("reference", "requested by name")
-    with pytest.raises(ValueError, match="unknown backend 'triton'; known: auto, chunked, reference"):
+    with pytest.raises(ValueError, match="unknown backend 'triton'; known: auto, chunked, reference, tilelang"):
         choose_backend("triton", "cpu")
     with pytest.raises(ValueError, match="cannot run on device 'xla'"):
         choose_backend("chunked", "xla")

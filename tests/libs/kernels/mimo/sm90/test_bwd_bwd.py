@@ -11,9 +11,9 @@ from libs.kernels.mimo.sm90.bwd_bwd import bwd_bwd
 from libs.kernels.mimo.sm90.bwd_common import BwdSpec
 from libs.kernels.mimo.sm90.bwd_split import bwd_states
 from libs.kernels.mimo.sm90.dialect import CpuDialect, CudaDialect
-from libs.kernels.mimo.sm90.gates import Mode
+from libs.kernels.mimo.sm90.gates import KernelGates, Mode
 from libs.kernels.mimo.sm90.inspect import SHARED_PER_BLOCK, inspect
-from tests.libs.kernels.mimo.sm90.bwd_cases import BF16, FP32, FP64, errors, mutant
+from tests.libs.kernels.mimo.sm90.bwd_cases import BF16, FP32, FP64, Question, errors, mutant
 from tests.support.mimo import Shape
 
 CHUNK = 4
@@ -36,42 +36,44 @@ DOCUMENTS = (0, 1, 3, 9, 16, 21, 27)  # shorter than a chunk, across chunks, and
     ids=str,
 )
 def test_every_gradient_equals_the_oracle(shape: Shape) -> None:
-    found = errors(shape, CHUNK, CpuDialect("float64"), with_state=True)
+    found = errors(Question(shape, CHUNK, with_state=True), CpuDialect("float64"))
     assert len(found) >= 14
     assert max(found.values()) <= FP64, found
 
 
 def test_packed_documents() -> None:
-    found = errors(PACKED, CHUNK, CpuDialect("float64"), cu=DOCUMENTS)
+    found = errors(Question(PACKED, CHUNK, DOCUMENTS), CpuDialect("float64"))
     assert max(found.values()) <= FP64, found
 
 
 @pytest.mark.parametrize("splits", [7, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cu", [None, pytest.param(DOCUMENTS, marks=pytest.mark.slow)])
 def test_split_sequence(splits: int, cu: tuple[int, ...] | None) -> None:
-    found = errors(PACKED, CHUNK, CpuDialect("float64"), cu=cu, with_state=cu is None, splits=splits)
+    found = errors(Question(PACKED, CHUNK, cu, with_state=cu is None), CpuDialect("float64"), splits=splits)
     assert max(found.values()) <= FP64, found
 
 
 def test_psiv_from_memory() -> None:
-    found = errors(FULL, CHUNK, CpuDialect("float64"), with_state=True, cached_x=True)
+    found = errors(
+        Question(FULL, CHUNK, with_state=True), CpuDialect("float64"), gates=KernelGates(psiv="python_precompute")
+    )
     assert max(found.values()) <= FP64, found
 
 
 def test_fp32_meets_its_figure() -> None:
     shape = Shape(S=70, H=2, R=4, N=16, P=16, norm=True)
-    found = errors(shape, 16, CpuDialect("float32"))
+    found = errors(Question(shape, 16), CpuDialect("float32"))
     assert max(found.values()) <= FP32, found
 
 
 def test_emulated_bf16_meets_the_gpu_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the angles only because their sums are anchored at the chunks' ends: without, rounding piles up."""
     shape = Shape(S=256, H=2, R=4, N=64, P=64)
-    found = errors(shape, 16, CpuDialect("bf16"))
+    found = errors(Question(shape, 16), CpuDialect("bf16"))
     assert max(found.values()) <= BF16, found
     assert max(found.values()) > 1e-4, "bf16 was not emulated"
-    monkeypatch.setattr(bwd_glue, "_anchored", lambda spec, turn, spin, masks: turn)
-    loose = errors(shape, 16, CpuDialect("bf16"))
+    monkeypatch.setattr(bwd_glue, "_anchored", lambda spec, turn, spin, packed: turn)
+    loose = errors(Question(shape, 16), CpuDialect("bf16"))
     assert loose["Angles"] > 2 * found["Angles"], (loose, found)
 
 
@@ -111,15 +113,14 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_each_mutant_is_caught(name: str, tmp_path: Path) -> None:
-    found = errors(
-        FULL, CHUNK, CpuDialect("float64"), with_state=True, second=mutant(bwd_bwd, *MUTANTS[name], tmp_path)
-    )
+def test_each_mutant_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bwd_launch, "bwd_bwd", mutant(bwd_bwd, *MUTANTS[name], tmp_path))
+    found = errors(Question(FULL, CHUNK, with_state=True), CpuDialect("float64"))
     assert max(found.values()) > 1e-4, found
 
 
 def test_a_mutant_of_the_split_pass_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = mutant(bwd_states, "passed[i] = passed[i] * w_sh[THROUGH * C]", "passed[i] = passed[i]", tmp_path)
     monkeypatch.setattr(bwd_launch, "bwd_states", wrong)
-    found = errors(PACKED, CHUNK, CpuDialect("float64"), with_state=True, splits=7)
+    found = errors(Question(PACKED, CHUNK, with_state=True), CpuDialect("float64"), splits=7)
     assert max(found.values()) > 1e-4, found

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from libs.kernels.mimo.sm90 import bwd_launch
 from libs.kernels.mimo.sm90.bwd_common import BwdSpec
 from libs.kernels.mimo.sm90.bwd_fwd import bwd_fwd
 from libs.kernels.mimo.sm90.dialect import CpuDialect, CudaDialect
 from libs.kernels.mimo.sm90.gates import Mode
 from libs.kernels.mimo.sm90.inspect import SHARED_PER_BLOCK, inspect
-from tests.libs.kernels.mimo.sm90.bwd_cases import FP64, OF_FIRST_KERNEL, errors, kernel_gradients, mutant
+from tests.libs.kernels.mimo.sm90.bwd_cases import FP64, OF_FIRST_KERNEL, Question, errors, kernel_gradients, mutant
 from tests.support.mimo import Shape
 
 CHUNK = 4
@@ -38,13 +39,14 @@ def worst(found: dict[str, float]) -> float:
     ids=str,
 )
 def test_gradients_that_need_only_this_kernel_equal_the_oracle(shape: Shape) -> None:
-    found = errors(shape, CHUNK, CpuDialect("float64"), with_state=True)
+    found = errors(Question(shape, CHUNK, with_state=True), CpuDialect("float64"))
     assert worst(found) <= FP64, found
 
 
 def test_reversed_parallel_loops_and_poisoned_tiles_change_no_bit() -> None:
-    plain = kernel_gradients(FULL, CHUNK, CpuDialect("float64"), with_state=True)
-    other = kernel_gradients(FULL, CHUNK, CpuDialect("float64", order="reverse", poison=True), with_state=True)
+    ask = Question(FULL, CHUNK, with_state=True)
+    plain = kernel_gradients(ask, CpuDialect("float64"))
+    other = kernel_gradients(ask, CpuDialect("float64", order="reverse", poison=True))
     for name, grad in plain.items():
         assert torch.equal(grad, other[name]), name
 
@@ -84,8 +86,9 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_each_mutant_is_caught(name: str, tmp_path: Path) -> None:
-    found = errors(FULL, CHUNK, CpuDialect("float64"), with_state=True, first=mutant(bwd_fwd, *MUTANTS[name], tmp_path))
+def test_each_mutant_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bwd_launch, "bwd_fwd", mutant(bwd_fwd, *MUTANTS[name], tmp_path))
+    found = errors(Question(FULL, CHUNK, with_state=True), CpuDialect("float64"))
     assert worst(found) > 1e-4, found
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
+from libs.flags.errors import UserError
+from libs.kernels.mimo.sm90 import inspect as inspect_module
 from libs.kernels.mimo.sm90.dialect import CudaDialect
-from libs.kernels.mimo.sm90.fwd import make_forward
 from libs.kernels.mimo.sm90.inspect import (
-    SHARED_PER_BLOCK,
     Facts,
+    emitted_matches,
     inspect,
-    lint,
-    overlaps,
+    mismatches,
+    nvcc_path,
     parse_ptxas,
     resident_blocks,
     tma_ranks,
@@ -23,7 +25,6 @@ from libs.kernels.mimo.sm90.split import CombineSpec, make_combine, make_states
 from libs.kernels.mimo.sm90.tiles import planned
 
 REFERENCE = ScanSpec(1, 8192, 16, 1, 4, 64, 64, 16)
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
 
 PTXAS = """ptxas info    : Compiling entry function 'main_kernel' for 'sm_90a'
 ptxas info    : Function properties for main_kernel
@@ -38,37 +39,8 @@ def _states(mode: str, **changes: int) -> tuple[object, CudaDialect]:
     return make_states(dialect, spec), dialect
 
 
-@needs_nvcc
-def test_the_state_pass_specialized() -> None:
-    """TMA from a producer group, wgmma, no spills, three blocks, and a grid that fills the machine."""
-    facts = inspect(*_states("ws"))
-    _assert_hopper(facts)
-    assert facts.blocks == 3
-    assert (facts.grid, facts.busy) == ((16, 1, 8), 128)
-
-
-@needs_nvcc
-def test_the_forward_specialized() -> None:
-    """Two blocks at the reference shape; unsplit at B = 1 it keeps 16 multiprocessors busy."""
-    dialect = CudaDialect("ws")
-    facts = inspect(make_forward(dialect, planned("fwd", "ws", REFERENCE)), dialect)
-    _assert_hopper(facts)
-    assert facts.wgmma == 4
-    assert facts.blocks == 2
-    assert facts.busy == 16
-
-
-def _assert_hopper(facts: Facts) -> None:
-    assert facts.specialized
-    assert facts.tma_loads > 0
-    assert facts.wgmma > 0
-    assert facts.spills == 0
-    assert facts.shared <= SHARED_PER_BLOCK
-    assert facts.lint == ()
-
-
 def test_off_emits_no_tma() -> None:
-    """Neither loads nor stores; tiles come by cp.async, two stages deep."""
+    """Neither loads nor stores; tiles come by cp.async."""
     func, dialect = _states("plain")
     source = dialect.lower(func).kernel_source
     assert "tma_load" not in source
@@ -98,33 +70,58 @@ def test_the_combining_pass_lowers() -> None:
     assert "main_kernel" in dialect.lower(make_combine(dialect, CombineSpec(1, 16, 64, 64, 8))).kernel_source
 
 
-def test_the_aggressive_merge_is_caught() -> None:
-    """TileLang 0.1.15 lays the consumer's tiles over tiles that the producer already refills."""
-    dialect = CudaDialect("ws", {"tl.enable_aggressive_shared_memory_merge": True})
-    func = make_forward(dialect, REFERENCE)
-    found = overlaps(dialect.lower(func).kernel_source, func)
-    assert any("q_raw is filled by TMA and shares memory" in line for line in found)
+def test_what_the_gates_ask_for_is_compared_with_what_is_emitted() -> None:
+    """Each way in which a kernel can miss its mode, one at a time."""
+    tma = Facts(
+        (16, 1, 1), 128, 1, 100, 100, 0, 2, tma_loads=3, tma_stores=1, bulk_copies=4, async_copies=0, wgmma=4, mma=0,
+        specialized=False, tma_ranks=(2, 2, 1), lint=(),
+    )  # fmt: skip
+    plain = tma._replace(tma_loads=0, tma_stores=0, bulk_copies=0, tma_ranks=())
+    assert emitted_matches("tma", tma)
+    assert emitted_matches("ws", tma._replace(specialized=True))
+    assert emitted_matches("plain", plain)
+    assert mismatches("plain", plain._replace(tma_stores=1)) == ("1 TMA sites, although TMA is off",)
+    assert mismatches("plain", plain._replace(specialized=True)) == ("warp specialization is on in mode plain",)
+    assert len(mismatches("tma", plain)) == 2
+    assert mismatches("tma", tma._replace(tma_ranks=(2, 3))) == (
+        "TMA boxes of 2, 3 dimensions; tiles must be two-dimensional",
+    )
+    assert mismatches("ws", tma) == ("warp specialization is off in mode ws",)
 
 
-def test_registers_that_would_hang_are_caught() -> None:
-    """24 + 240 registers are more than two groups of 128 launch with."""
-    source = "main_kernel(\n tl::warpgroup_reg_dealloc<24>();\n tl::warpgroup_reg_alloc<240>();"
-    assert lint(source, registers=128, threads=256) != []
-    assert lint(source.replace("240", "232"), registers=128, threads=256) == []
-    assert lint(source, registers=168, threads=256) == []
+def test_facts_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text is compiled once; another text, or another mode, is another entry."""
+    monkeypatch.setattr(inspect_module.tilelang_env, "TILELANG_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(inspect_module, "tool_versions", lambda: {"tilelang": "1", "nvcc": "2"})
+    seen = []
+
+    def look(func: object, dialect: CudaDialect) -> Facts:
+        seen.append(dialect.mode)
+        return Facts((16, 1, 8), 256, 9, 128, 80, 0, 3, 2, 0, 4, 0, 1, 0, True, (2, 2), ("a finding",))
+
+    monkeypatch.setattr(inspect_module, "inspect_now", look)
+    first = inspect(*_states("ws"))
+    assert inspect(*_states("ws")) == first
+    assert inspect(*_states("tma")) == first
+    inspect(*_states("ws", G=2))
+    assert seen == ["ws", "tma", "ws"]
 
 
-def test_lint_finds_the_wrong_code_of_0_1_15() -> None:
-    """Each pattern, and the right form of each."""
-    branch = "  if (((int)threadIdx.x) < 128) {{\n    tl::warpgroup_reg_dealloc<24>();\n"
-    prelude = "main_kernel(\n{call}  mbarrier[0].init(1);\n" + branch
-    assert lint(prelude.format(call="  tl::ptx_stmatrix_m8n8_x4(a);\n"), registers=168, threads=256) != []
-    assert lint(prelude.format(call=""), registers=168, threads=256) == []
-    fill = "main_kernel(\n tl::tma_load(k_desc, mbarrier[(c & 1)], (&(((bfloat16_t*)k)[{at}])), 0);\n"
-    assert lint(fill.format(at="0"), registers=168, threads=256) != []
-    assert lint(fill.format(at="((c & 1) * 4096)"), registers=168, threads=256) == []
-    assert lint("main_kernel(\n int rdiv = (i / -4);\n", registers=168, threads=256) != []
-    assert lint("main_kernel(\n int rdiv = (i / 4);\n", registers=168, threads=256) == []
+def test_nvcc_comes_from_the_path_or_from_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare machine needs no CUDA toolkit; with neither, the error says what to install."""
+    find = nvcc_path.__wrapped__
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert find() == "/usr/bin/nvcc"
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    wheel = tmp_path / "nvidia_cuda_nvcc-13.0.88.dist-info"
+    wheel.mkdir()
+    (wheel / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-cuda-nvcc\nVersion: 13.0.88\n")
+    (wheel / "RECORD").write_text("nvidia/cu13/bin/ptxas,,\nnvidia/cu13/bin/nvcc,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert find() == str(tmp_path / "nvidia/cu13/bin/nvcc")
+    (wheel / "RECORD").write_text("nvidia/cu12/bin/ptxas,,\n")
+    with pytest.raises(UserError, match="install the extra `dev`"):
+        find()
 
 
 def test_ptxas_log_is_read() -> None:

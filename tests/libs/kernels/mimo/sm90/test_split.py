@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from libs.kernels.mimo.sm90 import forward, run, split
+from libs.kernels.mimo.sm90 import forward, launch, split
 from libs.kernels.mimo.sm90.dialect import CpuDialect
 from tests.libs.kernels.mimo.sm90.scan_case import errors, run_case, scan_case
 from tests.libs.kernels.mimo.sm90.test_fwd import DOCUMENTS, _mutated
@@ -49,12 +49,10 @@ def test_a_split_begins_with_the_state_the_one_before_ended_in() -> None:
     """The combined states are those of a call over the first part alone."""
     case = scan_case(Shape(S=48), 8)
     got = run_case(case, CpuDialect("float64"), splits=2)
-    assert torch.equal(got.init_BHsNP[:, :, 0], case.op.h_first)
-    cut = case.layout._replace(chunks=3, dims=case.layout.dims._replace(S=24))
-    by_token = {name: getattr(case.op, name)[:, :24] for name in ("q", "k", "v", "z")}
-    by_chunk = {name: getattr(case.op, name)[:, :3] for name in ("log_decay", "gamma", "later", "shift", "theta")}
-    op = case.op._replace(**by_token, **by_chunk)
-    first = forward.scan_forward(op, cut, None, CpuDialect("float64"))
+    assert torch.equal(got.init_BHsNP[:, :, 0], case.op.first)
+    by_token = {name: getattr(case.op, name)[:, :24].contiguous() for name in ("q", "k", "v", "z", "theta")}
+    by_head = {name: getattr(case.op, name)[..., :24].contiguous() for name in ("log_decay", "gamma", "later")}
+    first = run_case(case._replace(op=case.op._replace(**by_token, **by_head)), CpuDialect("float64"))
     assert relative_error(got.init_BHsNP[:, :, 1], first.h_end) < 1e-14
 
 
@@ -85,7 +83,7 @@ def test_splits_must_divide_the_chunks() -> None:
 def test_mutations_are_caught(old: str, new: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Mistakes in the passes must show."""
     mutant = _mutated(split, old, new, tmp_path)
-    monkeypatch.setattr(run, "CACHE", run.KernelCache())
+    monkeypatch.setattr(launch, "_built", {})
     monkeypatch.setattr(forward, "make_states", mutant.make_states)
     monkeypatch.setattr(forward, "make_combine", mutant.make_combine)
     case = scan_case(*CASES["state carried in"])

@@ -1,0 +1,140 @@
+"""`fathom bench comm`: bytes and time of the scan under context parallelism, state hand-over against all-to-all.
+
+Measured with gloo processes on this machine. Not a statement about NCCL or NVLink: bytes carry over, times do not.
+"""
+# S tokens of the whole row
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from apps.eval.bench.comm_job import METHODS, CommPlan, run_job
+from apps.eval.bench.ops import RedGate
+from apps.eval.bench.receipt import Aim, Check, Code, Decision, Hardware, Ratio, Receipt, Sampled
+from libs.flags.canonical import hash_json, utc_now
+from libs.flags.environment import fathom_variables
+from libs.flags.facts import Facts
+from libs.flags.provenance import redact_command, snapshot
+from libs.flags.resolve import resolve
+
+_REPORTED_PACKAGES = ("fathom", "torch", "numpy")
+
+
+class Traffic(BaseModel):
+    """Bytes that one rank gives to others for one layer and one row, forward and backward together, in fp32."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seq_len: int
+    processes: int
+    hand_over_bytes: int = Field(gt=0)
+    all_to_all_bytes: int = Field(gt=0)
+
+
+class CommReceipt(Receipt):
+    """A receipt with the bytes exchanged."""
+
+    traffic: list[Traffic] = Field(min_length=1)
+
+
+def run_comm(plan: CommPlan, *, command: Sequence[str], machine: str | None) -> CommReceipt:
+    """Check, measure and sum up.
+
+    Raises:
+        RedGate: one of the two ways disagrees with the oracle; nothing has been timed then.
+        GateRefused: the environment asks for a gate that cannot be honoured.
+    """
+    gates = resolve(fathom_variables(), Facts(device="cpu", mimo_backend="chunked"))
+    load_before, source = os.getloadavg()[0], snapshot({})
+    measured = run_job(plan)
+    if not all(outcome.passed for outcome in measured.outcomes):
+        raise RedGate(measured.outcomes)
+    sampled = {
+        name: Sampled.of(name, f"{METHODS[_method(name)]}, {name.rsplit('_', 1)[1]}", times, flops=None, warm_up=True)
+        for name, times in measured.samples.items()
+    }
+    traffic = [Traffic(**row) for row in measured.traffic]
+    aims = _aims(traffic)
+    shape = plan.shape._replace(S=max(plan.seq_lens)).describe()
+    config: dict[str, Any] = {**plan._asdict(), "shape": shape, "seq_lens": list(plan.seq_lens)}
+    return CommReceipt(
+        what=f"one layer's scan, its row cut over {plan.processes} gloo processes: state hand-over against all-to-all",
+        subject="comm",
+        created=utc_now(),
+        command=redact_command(command),
+        code=Code.of(source),
+        config=config,
+        config_hash=hash_json(config),
+        gates_hash=gates.hash,
+        gates=dict(gates.values()),
+        hardware=Hardware(
+            machine=machine or f"{source['cpu']} {plan.processes} processes of {plan.threads} threads",
+            device="cpu",
+            threads=plan.threads,
+            load_before=load_before,
+            **{key: source[key] for key in ("cpu", "cpu_count", "cpu_affinity", "memory_bytes")},
+        ),
+        versions={"python": source["python"], **{name: source["packages"][name] for name in _REPORTED_PACKAGES}},
+        correctness=[Check(**outcome._asdict(), passed=outcome.passed) for outcome in measured.outcomes],
+        contenders=list(sampled.values()),
+        ratios=_ratios(plan, sampled),
+        memory=[],
+        traffic=traffic,
+        aims=aims,
+        left_out=[],
+        notes=_notes(plan),
+        decision=Decision(
+            value="record", reason=f"{sum(aim.met for aim in aims)} of {len(aims)} aims met; decides about no change"
+        ),
+    )
+
+
+def _method(name: str) -> str:
+    return name.rsplit("_", 1)[0]
+
+
+def _ratios(plan: CommPlan, sampled: dict[str, Sampled]) -> list[Ratio]:
+    pairs = (
+        ("all_to_all", "hand_over"),
+        ("all_to_all_exchange", "hand_over_exchange"),
+        ("one_process", "hand_over"),
+        ("one_process", "all_to_all"),
+    )
+    return [
+        Ratio.of(f"{above}_over_{below}_S{seq_len}", sampled[f"{above}_S{seq_len}"], sampled[f"{below}_S{seq_len}"])
+        for seq_len in plan.seq_lens
+        for above, below in pairs
+    ]
+
+
+def _aims(traffic: Sequence[Traffic]) -> list[Aim]:
+    shortest, longest = min(traffic, key=lambda row: row.seq_len), max(traffic, key=lambda row: row.seq_len)
+    growth = longest.hand_over_bytes / shortest.hand_over_bytes
+    share = longest.hand_over_bytes / longest.all_to_all_bytes
+    return [
+        Aim(
+            name=f"hand-over bytes at S={longest.seq_len} / at S={shortest.seq_len}",
+            measured=growth, relation="<=", target=1.0, met=growth <= 1.0,
+        ),
+        Aim(
+            name=f"hand-over bytes / all-to-all bytes at S={longest.seq_len}",
+            measured=share, relation="<", target=0.1, met=share < 0.1,
+        ),
+    ]  # fmt: skip
+
+
+def _notes(plan: CommPlan) -> list[str]:
+    return [
+        "bytes: what one rank gives to other ranks, forward and backward, without relaying in rings; operands in fp32 "
+        "(in bf16 the all-to-all's halve, the state stays fp32)",
+        "every sample ends with a barrier: the slowest rank counts",
+        "all-to-all gathers q, k (one group) and the angles, which all heads share, and trades v, z, A*dt, dt, trap "
+        "and the outputs",
+        f"{plan.processes} processes of {plan.threads} threads over gloo on one machine: times say nothing of NVLink",
+        "one_process over hand_over: the step's speed-up from 1 to all processes; the hand-over scans a second time "
+        "for the states, about a quarter of the arithmetic",
+    ]

@@ -1,0 +1,145 @@
+"""What the gates may ask about a run: its device, its model, what the scan backend offers, and how much memory is left.
+
+Not for choosing the device (lane.py); a planned device (dry_run.py) is asked in the same way as a real one.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from apps.train.config import TrainConfig
+from apps.train.lane import Lane, host_memory
+from libs.flags.errors import UserError
+from libs.flags.facts import Facts
+from libs.kernels.loss.liger_selftest import self_test_if_asked
+from libs.kernels.mimo import choose_backend
+from libs.kernels.mimo.capabilities import HOPPER, NOTHING, Geometry, capabilities
+from libs.model.config import MixerConfig, ModelConfig
+from libs.model.memory import MemoryEstimate, memory_estimate
+from libs.model.pattern import LayerKind
+from libs.model.sharding import local_config
+from libs.parallel.mesh import Layout
+
+ALONE = Layout()
+
+
+class Machine(BaseModel):
+    """A device, here or planned for. memory_bytes: what a run may use of it. None is unknown."""
+
+    model_config = ConfigDict(frozen=True)
+
+    on_gpu: bool
+    name: str
+    bf16: bool
+    memory_bytes: int
+    compute_capability: tuple[int, int] | None = None
+    device_count: int | None = None
+    multiprocessors: int | None = None
+
+
+def machine_of(lane: Lane) -> Machine:
+    """The device that a run is on, with the memory that is free on it now."""
+    bf16 = lane.precision == "bf16"
+    if lane.device.type != "cuda":
+        return Machine(on_gpu=False, name=lane.device_name, bf16=bf16, memory_bytes=host_memory().available)
+    properties = torch.cuda.get_device_properties(lane.device)
+    return Machine(
+        on_gpu=True,
+        name=lane.device_name,
+        bf16=bf16,
+        memory_bytes=torch.cuda.mem_get_info(lane.device)[0],
+        compute_capability=(properties.major, properties.minor),
+        device_count=torch.cuda.device_count(),
+        multiprocessors=properties.multi_processor_count,
+    )
+
+
+def scan_geometry(mixer: MixerConfig) -> Geometry:
+    """The mixer's scan in the letters of libs.kernels.mimo."""
+    return Geometry(
+        H=mixer.nheads,
+        G=mixer.ngroups,
+        R=mixer.mimo_rank,
+        N=mixer.d_state,
+        P=mixer.headdim,
+        C=mixer.chunk_size,
+        divisor=mixer.rotary_dim_divisor,
+        norm=mixer.outproj_norm,
+    )
+
+
+def rank_model(config: TrainConfig, layout: Layout) -> ModelConfig:
+    """What one rank of a tensor group computes, as a model: its heads, widths and part of the vocabulary."""
+    return local_config(config.model.architecture(), layout.tp)
+
+
+def rank_tokens(config: TrainConfig, layout: Layout) -> int:
+    """Tokens of a micro-batch that one rank works on."""
+    return -(-config.data.window * config.data.windows_per_batch // (layout.dp * layout.cp))
+
+
+def step_memory(config: TrainConfig, machine: Machine, layout: Layout = ALONE) -> MemoryEstimate:
+    """Of one training step on one rank, by formula, without what a gate adds."""
+    shards = config.parallel.shard_optimizer or config.parallel.engine == "megatron"
+    return memory_estimate(
+        rank_model(config, layout),
+        tokens=rank_tokens(config, layout),
+        dtype_bytes=2 if machine.bf16 else 4,
+        optimizer="adamw",
+        activation_checkpointing=config.train.activation_checkpointing,
+        device_type="cuda" if machine.on_gpu else "cpu",
+        token_shards=layout.tp if config.parallel.sequence_parallel else 1,
+        optimizer_shards=layout.dp * layout.cp if shards else 1,
+    )
+
+
+def gather_facts(config: TrainConfig, lane: Lane, layout: Layout = ALONE) -> Facts:
+    """Those of a run, of one of its ranks.
+
+    Raises:
+        UserError: a scan backend that is unknown, cannot run here, or has no kernels for the model.
+    """
+    try:
+        backend = choose_backend(config.train.mimo_backend, lane.device).value
+    except ValueError as error:
+        raise UserError(f"train.mimo_backend: {error}") from error
+    liger = self_test_if_asked(lane.device)
+    tested = {} if liger is None else {"liger_selftest": liger.passed, "liger_selftest_detail": liger.detail}
+    return facts_of(config, machine_of(lane), backend, layout).model_copy(update=tested)
+
+
+def facts_of(config: TrainConfig, machine: Machine, backend: str, layout: Layout = ALONE) -> Facts:
+    """Those of `config` on `machine` with a scan backend, of one rank of the layout.
+
+    Raises:
+        UserError: the backend has no kernels for the model's shape or for the precision.
+    """
+    model, tokens = rank_model(config, layout), rank_tokens(config, layout)
+    mixer, layers = model.mixer, model.layers
+    offers = NOTHING if mixer is None else capabilities(backend, scan_geometry(mixer))
+    if backend == HOPPER and not machine.bf16:
+        raise UserError(
+            f"train.mimo_backend = {HOPPER!r} computes in bf16, train.precision is fp32 here; "
+            "set train.precision = bf16, or train.mimo_backend = chunked"
+        )
+    return Facts(
+        device="cuda" if machine.on_gpu else "cpu",
+        device_name=machine.name,
+        compute_capability=machine.compute_capability,
+        device_count=machine.device_count,
+        multiprocessors=machine.multiprocessors,
+        free_memory_bytes=max(0, machine.memory_bytes - step_memory(config, machine, layout).total),
+        mimo_backend=backend,
+        psiv_stages=offers.psiv_stages,
+        two_d_kernels=offers.two_d_kernels,
+        split_scan_kernels=offers.split_kernels,
+        psiv_bytes_per_layer=None if mixer is None else tokens * mixer.inner * mixer.mimo_rank * 2,
+        n_mamba_layers=sum(kind is LayerKind.MAMBA for kind in layers.trunk),
+        batch_heads=None if mixer is None else mixer.nheads,
+        bf16=machine.bf16,
+        distributed_optimizer=config.parallel.engine == "megatron",
+        tensor_parallel=layout.tp,
+        homogeneous_stack=len(set(layers.trunk)) == 1,
+        mtp_depth=config.model.mtp_depth,
+    )

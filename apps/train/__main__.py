@@ -33,16 +33,15 @@ def _main(argv: Sequence[str] | None, guard: SignalGuard) -> ExitStatus:
     from apps.train.origins import describe
 
     arguments = parse_arguments(argv)
-    identity, resolved = resolve_arguments(arguments)
-    if arguments.show_config:
+    if arguments.show_config or arguments.dry_run:
+        resolved = resolve_arguments(arguments)[1]
+        if arguments.dry_run:
+            return dry_run(resolved.config)
         print(describe(resolved))
         return ExitStatus.OK
-    if arguments.dry_run:
-        return dry_run(resolved.config)
     from apps.train.attempt import run_attempt
 
-    guard.check()
-    return run_attempt(arguments, identity, resolved, guard)
+    return run_attempt(arguments, guard)
 
 
 if __name__ == "__main__":

@@ -36,13 +36,16 @@ def write_bundle(
     cursor_before: Cursor,
     rng_before: Mapping[str, str],
     config: Mapping[str, Any],
+    rank: int = 0,
 ) -> Path:
     """RUN/anomalies/step-N/: report.json (what, where, norms, config), batch.safetensors, rng.json.
 
-    `step` is the number the step would have had; gradients and weights are those before the optimizer ran.
+    One of each rank, whose name those of rank 1 and later end with. `step` is the number the step would have had;
+    gradients and weights are those before the optimizer ran.
     """
     name = f"step-{step:08d}"
-    folder = run_dir / ANOMALIES / (name if attempt == 0 else f"{name}-attempt-{attempt}")
+    name += f"-attempt-{attempt}" if attempt else ""
+    folder = run_dir / ANOMALIES / (name + f"-rank-{rank}" if rank else name)
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     report = {
         "step": step,

@@ -22,13 +22,13 @@ from apps.train.origins import (
     resolve_config,
     saved_layer,
 )
-from apps.train.session import Identity, new_identity, saved_run
-from libs.flags.environment import fathom_variables
+from apps.train.session import Identity, has_gone_back, is_run, new_identity, run_of_job, saved_run
+from libs.flags.environment import Launch, fathom_variables
 from libs.flags.errors import UserError, nearest
 
 DEFAULT_RECIPE = "cpu_demo"
 # What an interrupted run may be told anew: nothing that changes a weight, a loss or the order of data.
-RESUMABLE = ("checkpoint.", "log.", "train.stop_after", "train.device_memory", "train.device_name")
+RESUMABLE = ("checkpoint.", "log.", "parallel.", "train.stop_after", "train.device_memory", "train.device_name")
 
 
 class Arguments(NamedTuple):
@@ -105,18 +105,57 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def resolve_arguments(arguments: Arguments) -> tuple[Identity, Resolved]:
+def resolve_settings(arguments: Arguments) -> Resolved:
+    """The settings alone; nothing is looked up that only one of several ranks may decide.
+
+    Raises:
+        UserError: a bad setting, or one that a resumed run may not change.
+    """
+    return _resolve(arguments)[1]
+
+
+def resolve_arguments(arguments: Arguments, this: Launch | None = None) -> tuple[Identity, Resolved]:
     """Which run this is, and its settings.
 
     Raises:
         UserError: a bad setting, or one that a resumed run may not change.
     """
+    identity, resolved = _resolve(arguments)
+    if identity is None:
+        identity = new_identity(resolved.config, arguments.recipe or DEFAULT_RECIPE, arguments.run_dir, this)
+    return identity, resolved
+
+
+def after_restart(arguments: Arguments, this: Launch) -> Arguments:
+    """What the same command line means when torchrun starts it again: go on with the run that it began.
+
+    A run is found by --run-dir, or by the name that `new_identity` gives every attempt of one torchrun job.
+    """
+    if this.attempt == 0:
+        return arguments
+    if arguments.resume is not None:
+        # The first attempt has gone back to that step already, or died before it had touched anything.
+        step = arguments.from_step
+        went_back = step is not None and has_gone_back(Path(arguments.resume), step, this.attempt)
+        return arguments._replace(from_step=None) if went_back else arguments
+    if arguments.run_dir is not None:
+        found: Path | None = Path(arguments.run_dir)
+    else:
+        runs_dir = resolve_settings(arguments).config.log.runs_dir
+        found = run_of_job(runs_dir, arguments.recipe or DEFAULT_RECIPE, this)
+    if found is None:
+        return arguments
+    if not is_run(found):
+        return arguments._replace(run_dir=str(found))
+    return arguments._replace(resume=str(found), recipe=None, run_dir=None)
+
+
+def _resolve(arguments: Arguments) -> tuple[Identity | None, Resolved]:
     over: list[Layer] = [file_layer(Path(path)) for path in arguments.config]
     over += [environment_layer(fathom_variables()), command_line_layer(arguments.settings)]
     if arguments.resume is None:
         recipe = arguments.recipe or DEFAULT_RECIPE
-        resolved = resolve_config([recipe_layer(recipe), *over])
-        return new_identity(resolved.config, recipe, arguments.run_dir), resolved
+        return None, resolve_config([recipe_layer(recipe), *over])
     identity, saved = saved_run(arguments.resume)
     resolved = resolve_config([saved_layer(saved.config.to_json(), saved.origins), *over])
     _refuse_changes(saved, resolved)

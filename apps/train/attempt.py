@@ -1,4 +1,4 @@
-"""One attempt from the resolved settings to an exit status: gates first, then data, records, model, loop.
+"""One attempt from the command line to an exit status: gates first, then data, records, model, loop.
 
 Not for the parts: each line here calls the file that knows.
 """
@@ -9,71 +9,79 @@ import sys
 
 from apps.train.anomaly import NonFiniteStop
 from apps.train.arguments import Arguments
-from apps.train.hooks import refuse_missing_sinks
-from apps.train.lane import Lane, choose_lane, gather_facts
+from apps.train.facts import rank_tokens
+from apps.train.kernels import check_scan
 from apps.train.loop import Run, train
-from apps.train.origins import Resolved
+from apps.train.ranks import Agreed, join
 from apps.train.save import disk_full_is_usage
-from apps.train.session import (
-    Identity,
-    Session,
-    gates_or_refusal,
-    open_session,
-    point_latest,
-    put_gates_in_force,
-    write_config,
-)
+from apps.train.session import Session, open_session, point_latest, put_gates_in_force, write_config
 from apps.train.signals import SignalGuard
-from apps.train.start import Corpus, assemble, find_checkpoint, open_corpus
+from apps.train.start import Started, assemble, find_checkpoint
 from libs.flags.environment import launch
-from libs.flags.errors import ExitStatus, GateRefused, UserError
-from libs.flags.gateset import GateSet
+from libs.flags.errors import ExitStatus, GateRefused
+from libs.model import parameter_count
+from libs.parallel.exchange import RanksLost, last_words
+from libs.parallel.together import together
 
 
-def run_attempt(arguments: Arguments, identity: Identity, resolved: Resolved, guard: SignalGuard) -> ExitStatus:
+def run_attempt(arguments: Arguments, guard: SignalGuard) -> ExitStatus:
     """Train until done or told to stop. Nothing is written before gates are resolved and data is open.
 
+    With several ranks a signal during start-up is answered at the first safe point of the loop, by all together.
+
     Raises:
-        UserError, GateRefused, Interrupted: as the parts do, after run.stop has been written.
+        UserError, RunRefused, Interrupted: as the parts do, after run.stop has been written.
     """
-    if launch().world_size != 1:
-        raise UserError(f"WORLD_SIZE = {launch().world_size}: this version trains on one device; allowed: 1")
-    config = resolved.config
-    refuse_missing_sinks(config.log)
-    lane = choose_lane(config.train)
-    gates = gates_or_refusal(gather_facts(config, lane))
-    if isinstance(gates, GateRefused):
-        with open_session(identity, resolved, gates, guard):
-            raise AssertionError("a refused session does not open")
-    corpus = open_corpus(config)
-    guard.check()
+    this = launch()
+    if this.world_size == 1:
+        guard.check()
     try:
-        with open_session(identity, resolved, gates, guard) as session, disk_full_is_usage("training"):
-            return _train_in(session, arguments, gates, lane, corpus, guard)
+        with join(arguments, this) as agreed, last_words(agreed.groups):
+            status = _attempt(agreed, guard)
+            guard.leave()
+            return status
     except NonFiniteStop as error:
         print(f"error: {error}", file=sys.stderr)
         return ExitStatus.NONFINITE
+    except RanksLost as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitStatus.FAILURE
 
 
-def _train_in(
-    session: Session, arguments: Arguments, gates: GateSet, lane: Lane, corpus: Corpus, guard: SignalGuard
-) -> ExitStatus:
+def _attempt(agreed: Agreed, guard: SignalGuard) -> ExitStatus:
+    setup, records = agreed.setup, (agreed.identity, agreed.setup.resolved, agreed.setup.gates, guard, agreed.place)
+    if isinstance(setup.gates, GateRefused):
+        with open_session(*records):
+            raise AssertionError("a refused session does not open")
+    if agreed.groups.world.size == 1:
+        guard.check()
+    with open_session(*records) as session, last_words(agreed.groups), disk_full_is_usage("training"):
+        return _train_in(session, agreed, guard)
+
+
+def _train_in(session: Session, agreed: Agreed, guard: SignalGuard) -> ExitStatus:
+    setup, groups, arguments = agreed.setup, agreed.groups, agreed.arguments
+    assert not isinstance(setup.gates, GateRefused), "refused gates have no session"
     resumes = arguments.resume is not None
-    restored = find_checkpoint(session, arguments.from_step) if resumes else None
+    restored = find_checkpoint(session, arguments.from_step, groups) if resumes else None
     state = None if restored is None else restored.state
     put_gates_in_force(
         session,
-        gates,
+        setup.gates,
         before=None if state is None else state.gates,
         anchor=None if state is None else state.audit_anchor,
         accepted=set(arguments.accept_gate_change),
     )
-    if not resumes:
-        write_config(session.identity, session.resolved)
-    point_latest(session.identity, session.config.log.runs_dir)
-    run = assemble(session, guard, gates, lane, corpus, restored)
+    if groups.world.rank == 0:
+        if not resumes:
+            write_config(session.identity, session.resolved)
+        point_latest(session.identity, session.config.log.runs_dir)
+    assert setup.corpus is not None, "gates are in order, so the data was opened"
+    run = assemble(session, guard, Started(setup.lane, setup.gates, setup.corpus), groups, restored)
     try:
         _greet(run)
+        with together(groups.world, "checking the kernels"):
+            _check_kernels(run)
         session.outcome = train(run)
         for sink in run.sinks:
             sink.on_note(f"{session.outcome.status}: {session.outcome.reason}; run {session.run_dir}")
@@ -85,13 +93,24 @@ def _train_in(
     return session.outcome.exit_code
 
 
+def _check_kernels(run: Run) -> None:
+    tokens = rank_tokens(run.config, run.groups.layout)
+    for result in check_scan(run.model, run.lane, run.session.log, run.kernels, tokens=tokens):
+        for sink in run.sinks:
+            sink.on_note(result.summary())
+    if run.groups.world.size == 1:
+        run.guard.check()
+
+
 def _greet(run: Run) -> None:
-    config, total = run.config, sum(parameter.numel() for parameter in run.model.parameters())
+    config, layout = run.config, run.groups.layout
+    total = parameter_count(run.model.config).total
     batch = config.data.window * config.data.windows_per_batch * config.train.grad_accumulation
+    spread = f"; {layout.world_size} processes, {layout}" if layout.world_size > 1 else ""
     lines = (
         f"run {run.session.run_dir}  attempt {run.session.log.attempt}  from step {run.progress.step}",
         f"model {config.model.name}: {total:,} parameters; {batch:,} tokens per step; "
-        f"{run.lane.device_name}, {run.lane.precision}, {run.threads} threads",
+        f"{run.lane.device_name}, {run.lane.precision}, {run.threads} threads{spread}",
     )
     for sink in run.sinks:
         for line in lines:

@@ -11,7 +11,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
 
+from libs.flags.errors import UserError
 from libs.model.config import ModelConfig
+from libs.parallel.mesh import Layout, check_layout
 
 
 class Section(BaseModel):
@@ -97,6 +99,37 @@ class CheckpointSection(Section):
     every: int = Field(default=200, ge=1, description="steps between checkpoints; also at the end")
     keep_last: int = Field(default=2, ge=1)
     keep_every: int | None = Field(default=None, ge=1, description="steps divisible by this stay for ever")
+    asynchronous: bool = Field(default=False, description="written by a thread while training goes on")
+
+
+class ParallelSection(Section):
+    """How the processes of a job share the work; `torchrun` says how many there are."""
+
+    dp: int | None = Field(default=None, ge=1, description="replicas that read other data; none: what is left over")
+    cp: int = Field(default=1, ge=1, description="slices of one sequence")
+    tp: int = Field(default=1, ge=1, description="shards of one layer")
+    sequence_parallel: bool = Field(default=False, description="between layers each tp rank holds its own tokens")
+    shard_optimizer: bool = Field(default=False, description="replicas share the optimizer's state (ZeRO stage 1)")
+    engine: Literal["auto", "torch", "megatron"] = Field(
+        default="auto", description="who reduces gradients and updates; auto: torch. megatron needs CUDA"
+    )
+    timeout_s: float = Field(default=60.0, gt=0, description="a rank that is silent for longer stops the job")
+
+    def layout(self, world_size: int) -> Layout:
+        """The layout of a job of `world_size` processes.
+
+        Raises:
+            UserError: the product is not the number of processes, with the legal layouts.
+        """
+        model = self.cp * self.tp
+        if self.dp is None and world_size % model:
+            raise UserError(
+                f"parallel.cp = {self.cp} and parallel.tp = {self.tp} need a multiple of {model} processes, "
+                f"there are {world_size}: start with torchrun --nproc-per-node {model}"
+            )
+        layout = Layout(world_size // model if self.dp is None else self.dp, self.cp, self.tp)
+        check_layout(layout, world_size)
+        return layout
 
 
 class LogSection(Section):
@@ -117,6 +150,7 @@ class TrainConfig(Section):
     schedule: ScheduleSection = ScheduleSection()
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    parallel: ParallelSection = ParallelSection()
     log: LogSection = LogSection()
 
     @model_validator(mode="after")

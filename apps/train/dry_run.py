@@ -13,13 +13,20 @@ from rich.console import Console
 from rich.table import Table
 
 from apps.train.config import TrainConfig
+from apps.train.facts import Machine, facts_of, rank_model, rank_tokens, step_memory
 from apps.train.lane import host_memory
 from libs.flags.environment import fathom_variables
 from libs.flags.errors import ExitStatus, UserError
 from libs.flags.facts import Facts
+from libs.flags.gateset import GateSet
 from libs.flags.resolve import resolve
+from libs.kernels.mimo import choose_backend
+from libs.kernels.mimo.capabilities import HOPPER
 from libs.model import HybridLM, flops_per_token, parameter_count
-from libs.model.memory import MemoryEstimate, memory_estimate
+from libs.model.communication import step_communication
+from libs.model.flops import ParameterCount
+from libs.model.sharding import check_tensor_parallel, shard_rules
+from libs.parallel.mesh import Layout
 
 GIB = 2**30
 # What a process can have of the device's memory, rounded down, by the name the driver gives the device.
@@ -27,14 +34,18 @@ DEVICE_MEMORY = {
     "NVIDIA H100 80GB HBM3": 78 * GIB,
     "NVIDIA H200": 139 * GIB,
 }
+# What else is known of these: both are Hopper.
+CAPABILITY, MULTIPROCESSORS = (9, 0), 132
 
 
 class Target(NamedTuple):
-    """The device a plan is for, and where its memory size comes from."""
+    """The device a plan is for, and where its memory size comes from. The last two: None is unknown."""
 
     name: str
     memory_bytes: int
     source: str
+    compute_capability: tuple[int, int] | None = None
+    multiprocessors: int | None = None
 
 
 def target_device(config: TrainConfig) -> Target:
@@ -45,84 +56,164 @@ def target_device(config: TrainConfig) -> Target:
     """
     settings = config.train
     name = settings.device_name or ("this machine" if settings.device != "cuda" else "the CUDA device")
+    known = (CAPABILITY, MULTIPROCESSORS) if name in DEVICE_MEMORY else (None, None)
     if settings.device_memory is not None:
-        return Target(name, int(settings.device_memory), "train.device_memory")
+        return Target(name, int(settings.device_memory), "train.device_memory", *known)
     if settings.device_name is not None:
         if settings.device_name not in DEVICE_MEMORY:
-            known = ", ".join(DEVICE_MEMORY)
+            names = ", ".join(DEVICE_MEMORY)
             raise UserError(
-                f"train.device_name = {settings.device_name!r}: its memory is not known (known: {known}); "
+                f"train.device_name = {settings.device_name!r}: its memory is not known (known: {names}); "
                 "state it with --train.device_memory 80GB"
             )
-        return Target(name, DEVICE_MEMORY[settings.device_name], "known for this device name")
+        return Target(name, DEVICE_MEMORY[settings.device_name], "known for this device name", *known)
     if settings.device != "cpu" and torch.cuda.is_available():
         found = torch.cuda.get_device_properties(0)
-        return Target(found.name, found.total_memory, "reported by the driver")
+        capability = (found.major, found.minor)
+        source = "reported by the driver"
+        return Target(found.name, found.total_memory, source, capability, found.multi_processor_count)
     if settings.device == "cuda":
         raise UserError("no CUDA device is here: state what to plan for with --train.device_memory 80GB")
     return Target("this machine", host_memory().total, "all memory of this machine")
 
 
 def dry_run(config: TrainConfig) -> ExitStatus:
-    """Print parameters, FLOPs per token and memory by component; USAGE when the step does not fit.
+    """Print parameters, FLOPs per token, memory of a rank by component, and what it sends; USAGE when the step does not
+    fit.
+
+    The job planned for has dp * cp * tp processes, with one replica where parallel.dp is none; none of them is started.
 
     Raises:
         GateRefused: a gate that the planned device could not honour. UserError: as `target_device`.
     """
     architecture = config.model.architecture()
     target = target_device(config)
-    planned = Facts(
-        device="cuda" if _on_gpu(config, target) else "cpu",
-        device_name=target.name,
-        bf16=_in_bf16(config, target),
-        mtp_depth=architecture.mtp_depth,
-    )
-    resolve(fathom_variables(), planned)
+    machine, layout = planned_machine(config, target), planned_layout(config)
+    facts = facts_of(config, machine, planned_backend(config.train.mimo_backend, machine), layout)
+    gates = resolve(fathom_variables(), facts)
     with torch.device("meta"):
         model = HybridLM(architecture, activation_checkpointing=config.train.activation_checkpointing)
-    counted = parameter_count(architecture)
-    built = sum(parameter.numel() for parameter in model.parameters())
-    assert built == counted.total, f"the model has {built} parameters, the formula says {counted.total}"
+    counted, of_rank = parameter_count(architecture), parameter_count(rank_model(config, layout))
+    _check_counts(model, counted, of_rank, layout)
     flops = flops_per_token(architecture, config.data.window)
-    memory = _memory(config, target)
+    memory = step_memory(config, machine, layout).by_component | _psiv_memory(gates, facts)
+    needed = sum(memory.values())
     out = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100)
     counts = {kind: f"{count:,}" for kind, count in counted.by_layer_type.items()}
     out.print(_table("parameters", counts, f"{counted.total:,}"))
+    if layout.world_size > 1:
+        shares = {kind: f"{count:,}" for kind, count in of_rank.by_layer_type.items()}
+        title = f"parameters of one of {layout.world_size} ranks ({layout})"
+        out.print(_table(title, shares, f"{of_rank.total:,}"))
     shown = {kind: f"{value:,.0f}" for kind, value in flops.by_layer_type.items()}
     shown["forward"] = f"{flops.forward:,.0f}"
     title = f"FLOPs per token, window {config.data.window} (formula version {flops.formula_version})"
     out.print(_table(title, shown, f"{flops.train:,.0f}", total_name="training"))
-    sizes = {name: f"{size / GIB:,.3f} GiB" for name, size in memory.by_component.items()}
-    out.print(_table("memory of one training step (estimate)", sizes, f"{memory.total / GIB:,.3f} GiB"))
-    fits = memory.total <= target.memory_bytes
-    out.print(
+    sizes = {name: f"{size / GIB:,.3f} GiB" for name, size in memory.items()}
+    of_one = " on each rank" if layout.world_size > 1 else ""
+    out.print(_table(f"memory of one training step{of_one} (estimate)", sizes, f"{needed / GIB:,.3f} GiB"))
+    if layout.world_size > 1:
+        out.print(_communication(config, machine, layout))
+    if "psiv_cache" not in memory and machine.on_gpu:
+        _print_line(out, _with_psiv_cache(facts, needed, target))
+    fits = needed <= target.memory_bytes
+    _print_line(
+        out,
         f"{target.name}: {target.memory_bytes / GIB:,.3f} GiB ({target.source}): "
-        + ("the estimate fits" if fits else f"DOES NOT FIT, {memory.total / GIB:,.3f} GiB are needed"),
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        + ("the estimate fits" if fits else f"DOES NOT FIT, {needed / GIB:,.3f} GiB are needed"),
     )
     return ExitStatus.OK if fits else ExitStatus.USAGE
 
 
-def _on_gpu(config: TrainConfig, target: Target) -> bool:
-    device = config.train.device
-    return device == "cuda" or (device == "auto" and target.name.startswith("NVIDIA"))
+def planned_layout(config: TrainConfig) -> Layout:
+    """The layout that is asked for, whatever the number of processes here.
+
+    Raises:
+        UserError: a tp that cannot shard the model, or micro-batches that the replicas cannot share.
+    """
+    parallel, windows = config.parallel, config.data.windows_per_batch
+    layout = Layout(parallel.dp or 1, parallel.cp, parallel.tp)
+    check_tensor_parallel(config.model.architecture(), layout.tp)
+    if windows % layout.dp:
+        raise UserError(
+            f"data.windows_per_batch = {windows} cannot be shared by parallel.dp = {layout.dp} replicas; use a multiple"
+        )
+    return layout
 
 
-def _in_bf16(config: TrainConfig, target: Target) -> bool:
-    return config.train.precision == "bf16" or (config.train.precision == "auto" and _on_gpu(config, target))
+def _check_counts(model: HybridLM, counted: ParameterCount, of_rank: ParameterCount, layout: Layout) -> None:
+    """The formulas against the modules and the rules by which they are cut."""
+    built = sum(parameter.numel() for parameter in model.parameters())
+    assert built == counted.total, f"the model has {built} parameters, the formula says {counted.total}"
+    rules = shard_rules(model.config)
+    cut = sum(p.numel() // (1 if rules[n].dim is None else layout.tp) for n, p in model.named_parameters())
+    assert cut == of_rank.total, f"a rank has {cut} parameters, the formula says {of_rank.total}"
 
 
-def _memory(config: TrainConfig, target: Target) -> MemoryEstimate:
-    return memory_estimate(
+def _communication(config: TrainConfig, machine: Machine, layout: Layout) -> Table:
+    sent = step_communication(
         config.model.architecture(),
-        tokens=config.data.window * config.data.windows_per_batch,
-        dtype_bytes=2 if _in_bf16(config, target) else 4,
-        optimizer="adamw",
-        activation_checkpointing=config.train.activation_checkpointing,
-        device_type="cuda" if _on_gpu(config, target) else "cpu",
+        layout,
+        tokens=rank_tokens(config, layout),
+        micro_batches=config.train.grad_accumulation,
+        dtype_bytes=2 if machine.bf16 else 4,
+        recompute=config.train.activation_checkpointing == "block",
     )
+    rows = {name: f"{nbytes / GIB:,.3f} GiB" for name, nbytes in sent.items()}
+    return _table("sent by each rank per optimizer step (estimate)", rows, f"{sum(sent.values()) / GIB:,.3f} GiB")
+
+
+def _with_psiv_cache(facts: Facts, needed: int, target: Target) -> str:
+    assert facts.n_mamba_layers is not None, "counted in facts_of"
+    extra = (facts.psiv_bytes_per_layer or 0) * facts.n_mamba_layers
+    verdict = "would fit too" if needed + extra <= target.memory_bytes else "would not fit"
+    return f"with gate psiv_cache, off here: {extra / GIB:,.3f} GiB more, {(needed + extra) / GIB:,.3f} GiB: {verdict}"
+
+
+def _print_line(out: Console, text: str) -> None:
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def planned_machine(config: TrainConfig, target: Target) -> Machine:
+    """The target as the gates ask about it."""
+    device, precision = config.train.device, config.train.precision
+    on_gpu = device == "cuda" or (device == "auto" and target.name.startswith("NVIDIA"))
+    return Machine(
+        on_gpu=on_gpu,
+        name=target.name,
+        bf16=precision == "bf16" or (precision == "auto" and on_gpu),
+        memory_bytes=target.memory_bytes,
+        compute_capability=target.compute_capability,
+        multiprocessors=target.multiprocessors,
+    )
+
+
+def planned_backend(requested: str, machine: Machine) -> str:
+    """The scan backend on a device that need not be here.
+
+    Raises:
+        UserError: unknown, or the Hopper kernels on what is not known to be one.
+    """
+    if requested != HOPPER:
+        try:
+            return choose_backend(requested, "cpu").value  # the others run everywhere
+        except ValueError as error:
+            raise UserError(f"train.mimo_backend: {error}") from error
+    if machine.compute_capability is None or machine.compute_capability[0] != CAPABILITY[0]:
+        raise UserError(
+            f"train.mimo_backend = {HOPPER!r} needs a Hopper GPU, which {machine.name} is not known to be; plan for "
+            f"one with --train.device_name (known: {', '.join(DEVICE_MEMORY)})"
+        )
+    return requested
+
+
+def _psiv_memory(gates: GateSet, facts: Facts) -> dict[str, int]:
+    """What gate psiv_cache keeps from forward to backward."""
+    if not gates.is_enabled("psiv_cache"):
+        return {}
+    assert facts.psiv_bytes_per_layer is not None, "the gate refuses an unknown size"
+    assert facts.n_mamba_layers is not None, "the gate refuses an unknown number"
+    return {"psiv_cache": facts.psiv_bytes_per_layer * facts.n_mamba_layers}
 
 
 def _table(title: str, rows: dict[str, str], total: str, *, total_name: str = "total") -> Table:

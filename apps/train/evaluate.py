@@ -5,6 +5,7 @@ Not for suites (apps.eval), nor for when to validate (loop.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from libs.flags.errors import UserError
 from libs.model import HybridLM
 from libs.model.score import BitsPerByte, DocumentScore, bits_per_byte, score_documents
 from libs.model.text.shards import DataDir, seeded_permutation
+from libs.parallel.exchange import sum_numbers
+from libs.parallel.mesh import Groups
 
 # Short documents share a forward pass: equal up to rounding to one at a time, and several times faster.
 BATCH_DOCUMENTS = 8
@@ -54,12 +57,26 @@ def choose_documents(data: DataDir, settings: DataSection) -> ValidationSet:
     return ValidationSet(data, tuple(chosen), settings.valid_document_tokens, excluded)
 
 
-def validate(model: HybridLM, documents: ValidationSet, lane: Lane, guard: SignalGuard) -> BitsPerByte:
+def validate(
+    model: HybridLM, documents: ValidationSet, lane: Lane, guard: SignalGuard, groups: Groups | None = None
+) -> BitsPerByte:
     """Score the documents; leaves at once when a signal has come.
+
+    With several ranks each data-parallel one scores its share, a signal waits for the end, and all return the same.
 
     Raises:
         Interrupted: by a signal; there is no result.
     """
+    if groups is not None and groups.world.size > 1:
+        share = documents._replace(indices=documents.indices[groups.dp.rank :: groups.dp.size])
+        mine = _score(model, share, lane, None)
+        sums = sum_numbers(groups.dp, [mine.nll_bits, mine.n_bytes, mine.n_documents, mine.n_excluded])
+        n_bytes, n_documents, n_excluded = (round(number) for number in sums[1:])
+        return BitsPerByte(sums[0] / n_bytes if n_bytes else math.nan, sums[0], n_bytes, n_documents, n_excluded)
+    return _score(model, documents, lane, guard)
+
+
+def _score(model: HybridLM, documents: ValidationSet, lane: Lane, guard: SignalGuard | None) -> BitsPerByte:
     reader = documents.data.documents("valid")
     with lane.autocast():
         scores = score_documents(
@@ -72,7 +89,10 @@ def validate(model: HybridLM, documents: ValidationSet, lane: Lane, guard: Signa
         return bits_per_byte(_until_signal(scores, guard))
 
 
-def _until_signal(scores: Iterator[DocumentScore], guard: SignalGuard) -> Iterator[DocumentScore]:
+def _until_signal(scores: Iterator[DocumentScore], guard: SignalGuard | None) -> Iterator[DocumentScore]:
+    if guard is None:
+        yield from scores
+        return
     guard.check()
     for score in scores:
         guard.check()

@@ -1,6 +1,6 @@
 """The lane a run is on: device, precision and determinism, each chosen once with its reason.
 
-Not for operators' backends (libs.kernels) nor for gates (libs.flags), which are told the facts gathered here.
+Not for operators' backends (libs.kernels) nor for gates (libs.flags), which are told about it by facts.py.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from typing import Literal, NamedTuple
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from apps.train.config import TrainConfig, TrainSection
+from apps.train.config import TrainSection
 from libs.flags.errors import UserError
-from libs.flags.facts import Facts
 from libs.flags.provenance import cpu_model
 from libs.kernels.backend import Choice
-from libs.kernels.mimo import choose_backend
-from libs.model.pattern import LayerKind
 
 
 class Lane(NamedTuple):
@@ -35,8 +32,10 @@ class Lane(NamedTuple):
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
-def choose_lane(settings: TrainSection) -> Lane:
+def choose_lane(settings: TrainSection, local_rank: int = 0) -> Lane:
     """Resolve device and precision and make torch deterministic if asked to.
+
+    local_rank: which of the machine's GPUs is this process's.
 
     Raises:
         UserError: a device or precision that this machine does not have.
@@ -47,6 +46,13 @@ def choose_lane(settings: TrainSection) -> Lane:
     # The mode would also fill every torch.empty: that finds reads of unwritten memory, for tests, at a cost.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     on_gpu = device.value == "cuda"
+    if on_gpu and local_rank:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK = {local_rank}, but torch sees {torch.cuda.device_count()} CUDA devices here; start at "
+                "most one process for each"
+            )
+        torch.cuda.set_device(local_rank)
     return Lane(
         device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"),
         device_name=torch.cuda.get_device_name() if on_gpu else cpu_model(),
@@ -110,35 +116,3 @@ def host_memory() -> HostMemory:
     """As the system reports it now."""
     found = psutil.virtual_memory()
     return HostMemory(int(found.total), int(found.available))
-
-
-def gather_facts(config: TrainConfig, lane: Lane) -> Facts:
-    """What the gates' preconditions may ask about this machine and this model.
-
-    Raises:
-        UserError: a scan backend that is unknown or cannot run here.
-    """
-    model, tokens = config.model, config.data.window * config.data.windows_per_batch
-    mixer, layers = model.mixer, model.layers
-    on_gpu = lane.device.type == "cuda"
-    properties = torch.cuda.get_device_properties(lane.device) if on_gpu else None
-    try:
-        backend = choose_backend(config.train.mimo_backend, lane.device).value
-    except ValueError as error:
-        raise UserError(f"train.mimo_backend: {error}") from error
-    return Facts(
-        device="cuda" if on_gpu else "cpu",
-        device_name=lane.device_name,
-        compute_capability=(properties.major, properties.minor) if properties is not None else None,
-        device_count=torch.cuda.device_count() if on_gpu else None,
-        multiprocessors=properties.multi_processor_count if properties is not None else None,
-        free_memory_bytes=torch.cuda.mem_get_info(lane.device)[0] if on_gpu else host_memory().available,
-        mimo_backend=backend,
-        psiv_bytes_per_layer=None if mixer is None else tokens * mixer.inner * mixer.mimo_rank * 2,
-        n_mamba_layers=sum(kind is LayerKind.MAMBA for kind in layers.trunk),
-        batch_heads=None if mixer is None else mixer.nheads,
-        bf16=lane.precision == "bf16",
-        distributed_optimizer=False,
-        homogeneous_stack=len(set(layers.trunk)) == 1,
-        mtp_depth=model.mtp_depth,
-    )

@@ -6,8 +6,10 @@ Not for building what it uses (start.py), nor for one step's arithmetic (step.py
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -16,14 +18,16 @@ from apps.train.config import TrainConfig
 from apps.train.data.loader import Batch, BatchLoader, Cursor
 from apps.train.evaluate import ValidationSet, validate
 from apps.train.hooks import Sink, StepReport
+from apps.train.kernels import KernelWatch
 from apps.train.lane import Lane
 from apps.train.metrics import StepClock, bits_per_byte, mean_context, mfu, peak_memory_bytes
-from apps.train.save import TrainerState, checkpoint_dir, prune, rng_state, save_checkpoint
+from apps.train.save import Saved, TrainerState, checkpoint_dir, prune, rng_state
 from apps.train.schedule import learning_rate
 from apps.train.session import Outcome, Session, report_signal
-from apps.train.signals import Interrupted, SignalGuard
+from apps.train.signals import PHASES, Interrupted, SignalGuard
 from apps.train.step import StepResult, train_step
-from libs.flags.errors import ExitStatus, UserError
+from apps.train.writer import CheckpointWriter
+from libs.flags.errors import ExitStatus
 from libs.flags.events import (
     AnomalyNonfinite,
     CheckpointAbort,
@@ -35,6 +39,10 @@ from libs.flags.events import (
 )
 from libs.flags.gateset import GateSet
 from libs.model import HybridLM, flops_per_token
+from libs.model.checkpoint import checkpoint_step
+from libs.parallel.data import Engine
+from libs.parallel.exchange import gather_numbers
+from libs.parallel.mesh import Groups
 
 
 @dataclass
@@ -60,11 +68,14 @@ class Run:
     guard: SignalGuard
     gates: GateSet
     lane: Lane
+    groups: Groups
     threads: int
     model: HybridLM
     optimizer: torch.optim.Optimizer
+    engine: Engine
     loader: BatchLoader
     validation: ValidationSet
+    kernels: KernelWatch
     sinks: Sequence[Sink]
     progress: Progress
     first_step: int
@@ -75,34 +86,54 @@ class Run:
 
 
 def train(run: Run) -> Outcome:
-    """Run to the end, or to the next safe point after a signal.
+    """Run to the end, or to the next safe point after a signal to any rank.
 
     Raises:
         NonFiniteStop: a loss or gradient was not finite and may not be skipped. UserError: the disk is full.
     """
-    with run.guard.during("step"):
-        return _train(run)
+    settings, saves = run.config.checkpoint, Saves(run)
+    writer = CheckpointWriter(
+        run.session.run_dir, groups=run.groups, listener=saves, asynchronous=settings.asynchronous
+    )
+    with run.guard.during("step"), writer:
+        try:
+            return _train(run, writer, saves)
+        except NonFiniteStop:
+            writer.finish()  # all ranks stop here together, and what was saved before is good
+            raise
 
 
-def _train(run: Run) -> Outcome:
+def _train(run: Run, writer: CheckpointWriter, saves: Saves) -> Outcome:
     progress, settings = run.progress, run.config.train
     while True:
         validate_if_due(run)
         pause = _reason_to_pause(run)
         if pause is not None or _save_is_due(run):
-            save(run)
-        if progress.step == settings.steps and progress.evaluated_at == progress.step:
+            save(run, writer, saves)
+            pause = pause or _reason_to_pause(run)
+        else:
+            writer.poll()
+        done = progress.step == settings.steps and progress.evaluated_at == progress.step
+        if done or pause is not None:
+            writer.finish()
+        if done:
             return Outcome("completed", ExitStatus.OK, f"all {settings.steps} steps done")
-        pause = _reason_to_pause(run)
         if pause is not None:
             return Outcome("requeue", ExitStatus.REQUEUE, f"{pause}; saved at step {progress.step}")
         one_step(run)
 
 
 def _reason_to_pause(run: Run) -> str | None:
+    """Why to stop here: the same answer on every rank, whichever has got a signal."""
     report_signal(run.session.log, run.guard)
-    if run.guard.received is not None:
-        return f"{run.guard.received.signal} during {run.guard.received.phase}"
+    received = run.guard.received
+    if run.groups.world.size > 1:
+        mine = (0, 0) if received is None else (signal.Signals[received.signal], PHASES.index(received.phase))
+        for rank, (number, phase) in enumerate(gather_numbers(run.groups.world, mine)):
+            if number:
+                return f"{signal.Signals(int(number)).name} on rank {rank} during {PHASES[int(phase)]}"
+    elif received is not None:
+        return f"{received.signal} during {received.phase}"
     stop_after = run.config.train.stop_after
     if stop_after is not None and run.first_step < stop_after == run.progress.step:
         return f"train.stop_after = {stop_after}"
@@ -122,9 +153,10 @@ def validate_if_due(run: Run) -> None:
         return
     try:
         with run.guard.during("evaluation"):
-            found = validate(run.model, run.validation, run.lane, run.guard)
+            found = validate(run.model, run.validation, run.lane, run.guard, run.groups)
     except Interrupted:
         return  # not evaluated: a resumed run does it again
+    run.kernels.report("evaluation", progress.step)
     if not math.isfinite(found.bpb):
         event = AnomalyNonfinite(what="validation bpb", value=found.bpb, bundle=None, action="stop")
         run.session.log.emit(event, step=progress.step, level="error")
@@ -154,10 +186,13 @@ def one_step(run: Run) -> None:
         clip_norm=config.optim.clip_norm,
         lane=run.lane,
         clock=clock,
+        groups=run.groups,
+        engine=run.engine,
     )
     if result.nonfinite is not None:
         _stop_or_skip(run, result, batches, cursor_before, rng_before)
     progress.step += 1
+    run.kernels.report("step", progress.step)
     progress.tokens_total += result.losses.tokens
     if result.nonfinite is None:
         _report(run, result, batches, rate, clock)
@@ -176,15 +211,17 @@ def _stop_or_skip(run: Run, result: StepResult, batches: Sequence[Batch], cursor
         cursor_before=cursor,
         rng_before=rng,
         config=run.config.to_json(),
+        rank=run.groups.world.rank,
     )
     assert result.nonfinite is not None
+    what = result.nonfinite if result.rank is None else f"{result.nonfinite} on rank {result.rank}"
     value = result.losses.loss if result.nonfinite == "loss" else result.grad_norm
     may_skip = settings.nonfinite == "skip" and run.progress.skipped < settings.nonfinite_budget
     run.progress.skipped += may_skip
     action = f"skipped, {run.progress.skipped} of {settings.nonfinite_budget}" if may_skip else "stop"
-    event = AnomalyNonfinite(what=result.nonfinite, value=value, bundle=str(bundle), action=action)
+    event = AnomalyNonfinite(what=what, value=value, bundle=str(bundle), action=action)
     run.session.log.emit(event, step=number, level="warning" if may_skip else "error")
-    message = f"step {number}: {result.nonfinite} is {value}; see {bundle}"
+    message = f"step {number}: {what} is {value}; see {bundle}"
     if not may_skip:
         raise NonFiniteStop(message)
     run.optimizer.zero_grad(set_to_none=True)
@@ -198,7 +235,7 @@ def _report(run: Run, result: StepResult, batches: Sequence[Batch], rate: float,
     flops = flops_per_token(run.model.config, run.config.data.window, mean_context=context)
     utilisation = mfu(
         flops_per_token=flops.train,
-        tokens_per_s=losses.tokens / total,
+        tokens_per_s=losses.tokens / total / run.groups.world.size,
         device_name=run.lane.device_name,
         precision=run.lane.precision,
     )
@@ -229,35 +266,44 @@ def _report(run: Run, result: StepResult, batches: Sequence[Batch], rate: float,
         sink.on_step(report)
 
 
-def save(run: Run) -> None:
-    """Commit a checkpoint of the present step, unless there is one, and prune old ones."""
+class Saves:
+    """Tells the log how each save ended, and prunes old checkpoints after it."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.anchor = ""
+
+    def on_commit(self, saved: Saved) -> None:
+        run, step = self._run, checkpoint_step(saved.path)
+        event = CheckpointCommit(
+            path=str(saved.path), sha256=saved.sha256, seconds=saved.seconds, audit_anchor=self.anchor
+        )
+        run.session.log.emit(event, step=step)
+        settings = run.config.checkpoint
+        prune(run.session.run_dir, keep_last=settings.keep_last, keep_every=settings.keep_every, groups=run.groups)
+
+    def on_abort(self, path: Path, reason: str) -> None:
+        event = CheckpointAbort(path=str(path), reason=reason)
+        self._run.session.log.emit(event, step=checkpoint_step(path), level="error")
+
+
+def save(run: Run, writer: CheckpointWriter, saves: Saves) -> None:
+    """Save the present step, unless that is done: committed when this returns, or later in the background."""
     progress, log = run.progress, run.session.log
     if progress.saved_at == progress.step:
         return
-    path = checkpoint_dir(run.session.run_dir, progress.step)
-    anchor = str(run.session.audit.anchor())
-    log.emit(CheckpointBegin(path=str(path), audit_anchor=anchor), step=progress.step)
-    tokenizer_file = run.validation.data.path / "tokenizer.json"
-    try:
-        with run.guard.during("checkpoint"):
-            saved = save_checkpoint(
-                run.session.run_dir,
-                model=run.model,
-                optimizer=run.optimizer,
-                tokenizer_file=tokenizer_file,
-                state=_state(run, anchor),
-            )
-    except UserError as error:
-        log.emit(CheckpointAbort(path=str(path), reason=str(error)), step=progress.step, level="error")
-        raise
+    with run.guard.during("checkpoint"):
+        writer.finish()
+        path = checkpoint_dir(run.session.run_dir, progress.step)
+        saves.anchor = str(run.session.audit.anchor())
+        log.emit(CheckpointBegin(path=str(path), audit_anchor=saves.anchor), step=progress.step)
+        writer.begin(
+            model=run.model,
+            optimizer=run.optimizer,
+            tokenizer_file=run.validation.data.path / "tokenizer.json",
+            state=_state(run, saves.anchor),
+        )
     progress.saved_at = progress.step
-    event = CheckpointCommit(path=str(path), sha256=saved.sha256, seconds=saved.seconds, audit_anchor=anchor)
-    log.emit(event, step=progress.step)
-    prune(
-        run.session.run_dir,
-        keep_last=run.config.checkpoint.keep_last,
-        keep_every=run.config.checkpoint.keep_every,
-    )
 
 
 def _state(run: Run, anchor: str) -> TrainerState:

@@ -1,6 +1,10 @@
 """Checkpoints of a run: written aside, checksummed, committed by a marker, pruned; read back verified.
 
 Not for the format of the weights nor of the marker (libs.model.checkpoint), nor for when to save (loop.py).
+
+`groups` everywhere: the ranks that train together (None: one process). Such a call is a collective of all of them, and
+what goes wrong on one is raised as UserError on all (libs.parallel.together). Only rank 0 creates, renames or deletes
+folders; every rank writes the files of what it holds. Saving in the background: writer.py.
 """
 
 from __future__ import annotations
@@ -9,36 +13,39 @@ import base64
 import errno
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from apps.train.data.loader import Cursor
-from apps.train.optim import load_optimizer_tensors, optimizer_tensors
+from apps.train.optim import load_optimizer_tensors
+from apps.train.snapshot import STATE, FileJob, file_jobs, take_snapshot
 from libs.flags.errors import UserError
 from libs.model import HybridLM
 from libs.model.checkpoint import (
     CHECKPOINTS,
     MARKER,
+    FileRecord,
     checkpoint_name,
     checkpoint_step,
     commit,
     committed_checkpoints,
+    seal,
     staging_directory,
     verify_checkpoint,
 )
-from libs.model.weights import save_model
+from libs.model.shard_files import LocalTensors, read_layout
+from libs.model.weights import load_parameters
+from libs.parallel.mesh import Groups, single
+from libs.parallel.together import everyones, first_does, run_together
 
-OPTIMIZER = "optimizer.safetensors"
-STATE = "trainer.json"
 SUPERSEDED = "superseded"
+Value = TypeVar("Value")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -128,6 +135,48 @@ def disk_full_is_usage(what: str) -> Iterator[None]:
         raise UserError(f"the disk is full while {what}: {error}; free space and resume the run") from error
 
 
+def write_files(staging: Path, jobs: list[FileJob], *, sealed: bool) -> dict[str, FileRecord]:
+    """Write this rank's files; `sealed`: hash and flush them here too, else `commit` does. No collective.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    records: dict[str, FileRecord] = {}
+    with disk_full_is_usage(f"saving {staging}"):
+        for job in jobs:
+            job.write(staging)
+            records |= {name: seal(staging / name) for name in job.names if sealed}
+    return records
+
+
+def stage(final: Path, groups: Groups) -> Path:
+    """The empty folder that every rank writes into."""
+
+    def make() -> Path:
+        with disk_full_is_usage(f"saving {final}"):
+            return staging_directory(final)
+
+    return first_does(groups.world, f"saving {final}", make)
+
+
+def commit_files(staging: Path, final: Path, sealed: dict[str, FileRecord], groups: Groups) -> str:
+    """Make what all ranks have written a checkpoint; the sha256 of its manifest."""
+    everything = {name: record for of_rank in everyones(groups.world, sealed) for name, record in of_rank.items()}
+
+    def finish() -> str:
+        with disk_full_is_usage(f"saving {final}"):
+            return commit(staging, final, everything)
+
+    return first_does(groups.world, f"committing {final}", finish)
+
+
+def discard(run_dir: Path, groups: Groups) -> None:
+    """After a save that failed on all ranks: rank 0 removes what there is of it; the rest falls to the next attempt."""
+    if groups.world.rank == 0:
+        with suppress(OSError):
+            remove_unfinished(run_dir)
+
+
 def save_checkpoint(
     run_dir: Path,
     *,
@@ -135,30 +184,37 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     tokenizer_file: Path,
     state: TrainerState,
+    groups: Groups | None = None,
 ) -> Saved:
     """Write everything aside, then commit. On failure nothing of it is left, and older ones are untouched.
 
     Raises:
-        UserError: the disk is full.
+        UserError: the disk is full; with several ranks, whatever went wrong on one of them.
     """
-    started = time.perf_counter()
-    final = checkpoint_dir(run_dir, state.step)
+    started, groups = time.perf_counter(), single() if groups is None else groups
+    final, several = checkpoint_dir(run_dir, state.step), groups.world.size > 1
     try:
-        with disk_full_is_usage(f"saving {final}"):
-            staging = staging_directory(final)
-            save_model(staging, model)
-            save_file(optimizer_tensors(model, optimizer), staging / OPTIMIZER)
-            shutil.copyfile(tokenizer_file, staging / "tokenizer.json")
-            (staging / STATE).write_text(state.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            digest = commit(staging, final)
+        staging = stage(final, groups)
+        state_json = state.model_dump_json(indent=1)
+        jobs = file_jobs(take_snapshot(model, optimizer, tokenizer_file, state_json, groups, copy=False))
+        sealed = run_together(groups.world, f"saving {final}", lambda: write_files(staging, jobs, sealed=several))
+        digest = commit_files(staging, final, sealed, groups)
     except BaseException:
-        remove_unfinished(run_dir)
+        discard(run_dir, groups)
         raise
     return Saved(final, digest, time.perf_counter() - started)
 
 
-def prune(run_dir: Path, *, keep_last: int, keep_every: int | None) -> list[int]:
-    """Delete checkpoints beyond the newest `keep_last`, sparing multiples of `keep_every`."""
+def prune(run_dir: Path, *, keep_last: int, keep_every: int | None, groups: Groups | None = None) -> list[int]:
+    """Delete checkpoints beyond the newest `keep_last`, sparing multiples of `keep_every`; their steps."""
+    return _first(groups, "pruning", lambda: _prune(run_dir, keep_last, keep_every))
+
+
+def _first(groups: Groups | None, what: str, work: Callable[[], Value]) -> Value:
+    return work() if groups is None else first_does(groups.world, f"{what} checkpoints", work)
+
+
+def _prune(run_dir: Path, keep_last: int, keep_every: int | None) -> list[int]:
     old = committed_steps(run_dir)[:-keep_last]
     gone = [step for step in old if keep_every is None or step % keep_every]
     for step in gone:
@@ -168,8 +224,12 @@ def prune(run_dir: Path, *, keep_last: int, keep_every: int | None) -> list[int]
     return gone
 
 
-def remove_unfinished(run_dir: Path) -> list[Path]:
+def remove_unfinished(run_dir: Path, groups: Groups | None = None) -> list[Path]:
     """Delete what an interrupted save or deletion left: everything of a step that has no marker."""
+    return _first(groups, "removing unfinished", lambda: _remove_unfinished(run_dir))
+
+
+def _remove_unfinished(run_dir: Path) -> list[Path]:
     committed = committed_checkpoints(run_dir)
     folder = run_dir / CHECKPOINTS
     left = [path for path in folder.iterdir() if path not in committed] if folder.is_dir() else []
@@ -179,30 +239,47 @@ def remove_unfinished(run_dir: Path) -> list[Path]:
     return left
 
 
-def choose_checkpoint(run_dir: Path, from_step: int | None) -> Path:
+def choose_checkpoint(run_dir: Path, from_step: int | None, groups: Groups | None = None) -> Path:
     """The newest committed checkpoint, or that of `from_step`, with every checksum verified.
+
+    Several ranks hash a share of the files each, and must all see the same checkpoint.
 
     Raises:
         UserError: none, not that one, or one whose files are not what was written (no older one instead).
     """
+    world = (single() if groups is None else groups).world
+    path, others = first_does(world, f"choosing a checkpoint of {run_dir}", lambda: _choose(run_dir, from_step))
+
+    def verify() -> str:
+        try:
+            return verify_checkpoint(path, reader=world.rank, readers=world.size)
+        except UserError as error:
+            way_out = f"choose another with --from-step: {others}" if others else "there is no other checkpoint"
+            raise UserError(f"{error}\n{way_out}") from error
+
+    digests = everyones(world, run_together(world, f"verifying {path}", verify))
+    if odd := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+        raise UserError(f"{path}: ranks {odd} read another manifest than rank 0: it must lie on one shared file system")
+    return path
+
+
+def _choose(run_dir: Path, from_step: int | None) -> tuple[Path, list[int]]:
+    """The checkpoint, and the steps that there are beside it."""
     steps = committed_steps(run_dir)
     if not steps:
         raise UserError(f"{run_dir} has no committed checkpoint: nothing to resume from; start a new run")
     step = steps[-1] if from_step is None else from_step
     if step not in steps:
         raise UserError(f"--from-step {from_step}: {run_dir} has no such checkpoint; committed: {steps}")
-    path = checkpoint_dir(run_dir, step)
-    try:
-        verify_checkpoint(path)
-    except UserError as error:
-        others = [other for other in steps if other != step]
-        way_out = f"choose another with --from-step: {others}" if others else "there is no other checkpoint"
-        raise UserError(f"{error}\n{way_out}") from error
-    return path
+    return checkpoint_dir(run_dir, step), [other for other in steps if other != step]
 
 
-def set_aside_later(run_dir: Path, *, step: int, attempt: int) -> list[int]:
+def set_aside_later(run_dir: Path, *, step: int, attempt: int, groups: Groups | None = None) -> list[int]:
     """Move committed checkpoints after `step` out of the way: the run is going to write its own."""
+    return _first(groups, "setting aside later", lambda: _set_aside_later(run_dir, step, attempt))
+
+
+def _set_aside_later(run_dir: Path, step: int, attempt: int) -> list[int]:
     later = [other for other in committed_steps(run_dir) if other > step]
     for other in later:
         path = checkpoint_dir(run_dir, other)
@@ -228,6 +305,29 @@ def read_state(checkpoint: Path) -> TrainerState:
     return state
 
 
-def restore_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load the optimizer's tensors of a verified checkpoint."""
-    load_optimizer_tensors(model, optimizer, load_file(checkpoint / OPTIMIZER))
+def restore_model(checkpoint: Path, model: HybridLM, groups: Groups | None = None) -> None:
+    """Copy the weights of a verified checkpoint of any layout into a model of this one.
+
+    Raises:
+        UserError: weights of another model, or damaged files.
+    """
+    world = (single() if groups is None else groups).world
+    run_together(world, f"reading the weights of {checkpoint}", lambda: load_parameters(checkpoint, model))
+
+
+def restore_optimizer(
+    checkpoint: Path, model: HybridLM, optimizer: torch.optim.Optimizer, groups: Groups | None = None
+) -> None:
+    """Load the optimizer's tensors of a verified checkpoint of any layout.
+
+    `load_optimizer_tensors` is given a mapping that reads a tensor when it is asked for: a sharded optimizer takes
+    what it holds and leaves the rest on the disk.
+    """
+    world = (single() if groups is None else groups).world
+    rank, size = (0, 1) if model.parallel is None else (model.parallel.tp.rank, model.parallel.tp.size)
+
+    def load() -> None:
+        files = [checkpoint / name for name in read_layout(checkpoint).optimizer]
+        load_optimizer_tensors(model, optimizer, LocalTensors(files, model.config, rank, size))
+
+    run_together(world, f"reading the optimizer state of {checkpoint}", load)

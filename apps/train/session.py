@@ -5,6 +5,7 @@ Not for training: whatever happens inside, the log ends with how it ended.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -22,17 +23,18 @@ from apps.train.signals import Interrupted, SignalGuard
 from libs.flags.audit import AuditLog
 from libs.flags.audit_record import Anchor, audit_path
 from libs.flags.compare import compare_for_resume
-from libs.flags.environment import fathom_variables
-from libs.flags.errors import ExitStatus, GateRefused, UserError
-from libs.flags.events import ConfigResolved, RunStart, RunStop, SignalReceived
+from libs.flags.environment import Launch, fathom_variables
+from libs.flags.errors import ExitStatus, GateRefused, RunRefused, UserError
+from libs.flags.events import AnomalyGeneric, ConfigResolved, RunStart, RunStop, SignalReceived
 from libs.flags.facts import Facts
 from libs.flags.gateset import GateSet
 from libs.flags.installed import install, record_changes, record_refusals
 from libs.flags.provenance import redact_command
 from libs.flags.resolve import resolve
-from libs.flags.runlog import RunLog, next_attempt
+from libs.flags.runlog import RunLog, log_path, next_attempt, read_events
 from libs.flags.verify import verify_chain
 from libs.model.checkpoint import resolve_run
+from libs.parallel.exchange import RanksLost
 
 CONFIG_FILE = "config.json"
 LATEST = "latest"
@@ -45,6 +47,14 @@ class Identity(NamedTuple):
     run_dir: Path
     run_id: str
     recipe: str
+
+
+class Place(NamedTuple):
+    """Whose records: which rank of how many, in which attempt of the run (of all ranks alike)."""
+
+    rank: int
+    world_size: int
+    attempt: int
 
 
 class Outcome(NamedTuple):
@@ -74,20 +84,52 @@ class Session:
         return self.resolved.config
 
 
-def new_identity(config: TrainConfig, recipe: str, run_dir: str | None) -> Identity:
-    """A directory for a new run.
+def new_identity(config: TrainConfig, recipe: str, run_dir: str | None, this: Launch | None = None) -> Identity:
+    """A directory for a new run. After a restart by torchrun: that of an earlier attempt which died before it began.
 
     Raises:
         UserError: it exists already and is not empty.
     """
-    recipe_name = Path(recipe).stem
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    run_id = f"{stamp}-{recipe_name}-{secrets.token_hex(3)}"
+    suffix = _job_suffix(this) if this is not None and this.job else secrets.token_hex(3)
+    run_id = f"{stamp}-{Path(recipe).stem}-{suffix}"
     path = Path(config.log.runs_dir) / run_id if run_dir is None else Path(run_dir)
+    if this is not None and this.attempt > 0 and not is_run(path):
+        return Identity(path, _logged_run_id(path) or run_id, recipe)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        way_out = f"go on with `fathom train --resume {path}`, or " if (path / CONFIG_FILE).is_file() else ""
+        way_out = f"go on with `fathom train --resume {path}`, or " if is_run(path) else ""
         raise UserError(f"run directory {path} exists and is not empty: {way_out}choose another --run-dir")
     return Identity(path, run_id, recipe)
+
+
+def _job_suffix(this: Launch) -> str:
+    """The same for all processes and attempts of one torchrun job on this machine, whose agent is their parent."""
+    return hashlib.sha256(f"{this.job}:{os.getppid()}".encode()).hexdigest()[:6]
+
+
+def run_of_job(runs_dir: str, recipe: str, this: Launch) -> Path | None:
+    """The directory that an earlier attempt of this torchrun job made, if it came to that."""
+    found = sorted(Path(runs_dir).glob(f"*-{Path(recipe).stem}-{_job_suffix(this)}")) if this.job else []
+    return found[-1] if found else None
+
+
+def _logged_run_id(run_dir: Path) -> str | None:
+    if not log_path(run_dir).is_file():
+        return None
+    return next((str(event["run_id"]) for event in read_events(run_dir)), None)
+
+
+def is_run(run_dir: Path) -> bool:
+    """Whether a run has begun here: it can be resumed."""
+    return (run_dir / CONFIG_FILE).is_file()
+
+
+def has_gone_back(run_dir: Path, step: int, attempts: int) -> bool:
+    """Whether one of the last `attempts` attempts of a run restored `step`."""
+    path = resolve_run(run_dir)
+    first = next_attempt(path) - attempts
+    restored = [event for event in read_events(path) if event["event"] == "checkpoint.restore"]
+    return any(event["attempt"] >= first and event["step"] == step for event in restored)
 
 
 def saved_run(run: str) -> tuple[Identity, Resolved]:
@@ -119,39 +161,50 @@ def gates_or_refusal(facts: Facts) -> GateSet | GateRefused:
 
 @contextmanager
 def open_session(
-    identity: Identity, resolved: Resolved, gates: GateSet | GateRefused, guard: SignalGuard
+    identity: Identity,
+    resolved: Resolved,
+    gates: GateSet | GateRefused,
+    guard: SignalGuard,
+    place: Place | None = None,
 ) -> Iterator[Session]:
-    """Open the records, write run.start and config.resolved, refuse refused gates; at the end write run.stop.
+    """Open the records of this rank, write run.start and config.resolved, refuse refused gates; at the end write
+    run.stop.
 
     Raises:
         GateRefused: `gates` is a refusal, now recorded. UserError: the audit chain has been tampered with.
     """
-    run_dir, attempt = identity.run_dir, next_attempt(identity.run_dir)
-    with RunLog.open(run_dir, run_id=identity.run_id, attempt=attempt) as log:
+    run_dir = identity.run_dir
+    rank, world_size, attempt = place or Place(0, 1, next_attempt(run_dir))
+    with RunLog.open(run_dir, run_id=identity.run_id, attempt=attempt, rank=rank) as log:
         start = RunStart(
             command=redact_command(sys.argv),
             recipe=identity.recipe,
             config_hash=resolved.config.hash(),
             gates_hash=gates.hash if isinstance(gates, GateSet) else None,
-            world_size=1,
+            world_size=world_size,
         )
         log.emit(start)
         log.emit(ConfigResolved(config=resolved.config.to_json(), origins=resolved.origins))
         session: Session | None = None
         outcome = Outcome("failed", ExitStatus.FAILURE, "the process died of an error that is not the user's")
         try:
-            session = Session(identity, resolved, log, AuditLog.open(audit_path(run_dir), identity.run_id, attempt))
+            audit = AuditLog.open(audit_path(run_dir, rank), identity.run_id, attempt, rank)
+            session = Session(identity, resolved, log, audit)
             if isinstance(gates, GateRefused):
                 record_refusals(gates, session.audit, log)
                 raise gates
             yield session
             assert session.outcome is not None, "an attempt ends with an outcome"
             outcome = session.outcome
-        except GateRefused as error:
+        except RunRefused as error:
             outcome = Outcome("refused", ExitStatus.GATE_REFUSED, str(error))
             raise
         except UserError as error:
             outcome = Outcome("failed", ExitStatus.USAGE, str(error))
+            raise
+        except RanksLost as error:
+            outcome = Outcome("failed", ExitStatus.FAILURE, str(error))
+            log.emit(AnomalyGeneric(what="ranks lost", details={"reason": str(error)}, action="stop"), level="error")
             raise
         except NonFiniteStop as error:
             outcome = Outcome("failed", ExitStatus.NONFINITE, str(error))
@@ -200,7 +253,8 @@ def put_gates_in_force(
     Raises:
         GateRefused: a change that was not accepted. UserError: the audit chain has lost what it held.
     """
-    if anchor is not None:
+    # Anchors are of rank 0's chain; the others hold by their own links.
+    if anchor is not None and session.log.rank == 0:
         found = verify_chain(session.audit.path, [Anchor.parse(anchor)], run_id=session.identity.run_id)
         if found.status == "tampered":
             raise UserError(f"{session.audit.path}: {found.describe()}; the checkpoint attests to it")

@@ -10,9 +10,10 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 Phase = Literal["startup", "step", "evaluation", "checkpoint", "shutdown"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class Received(NamedTuple):
@@ -43,6 +44,11 @@ class SignalGuard:
         if self.received is not None:
             os._exit(128 + number)
         self.received = Received(signal.Signals(number).name, self.phase)
+
+    def leave(self) -> None:
+        """The end is near and orderly: torchrun's SIGTERM to ranks that outlive the first one changes nothing."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
 
     def take_unreported(self) -> Received | None:
         """The signal, the first time it is asked for after it came; for the log."""

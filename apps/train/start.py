@@ -5,6 +5,7 @@ Not for records (session.py) nor for the loop (loop.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ import torch
 from apps.train.config import TrainConfig
 from apps.train.data.loader import BatchLoader
 from apps.train.evaluate import ValidationSet, choose_documents
-from apps.train.hooks import open_sinks
+from apps.train.hooks import Sink, open_sinks
+from apps.train.kernels import KernelWatch
 from apps.train.lane import Lane, set_threads
 from apps.train.loop import Progress, Run
 from apps.train.optim import build_optimizer
@@ -23,6 +25,7 @@ from apps.train.save import (
     committed_steps,
     read_state,
     remove_unfinished,
+    restore_model,
     restore_optimizer,
     set_aside_later,
     set_rng_state,
@@ -35,10 +38,15 @@ from libs.flags.gateset import GateSet
 from libs.flags.provenance import snapshot
 from libs.flags.runlog import read_events
 from libs.kernels.backend import Choice
+from libs.kernels.loss.gates import requested_backend
 from libs.model import HybridLM
 from libs.model.checkpoint import checkpoint_step
+from libs.model.sharding import shard_rules
 from libs.model.text.shards import DataDir, PackedDataset
-from libs.model.weights import load_model
+from libs.parallel.data import TorchEngine
+from libs.parallel.mesh import Groups, Parallel
+from libs.parallel.seeds import role_seeds
+from libs.parallel.together import together
 
 
 class Corpus(NamedTuple):
@@ -46,6 +54,14 @@ class Corpus(NamedTuple):
 
     train: PackedDataset
     validation: ValidationSet
+
+
+class Started(NamedTuple):
+    """What is decided and open before anything is built."""
+
+    lane: Lane
+    gates: GateSet
+    corpus: Corpus
 
 
 class Restored(NamedTuple):
@@ -78,14 +94,16 @@ def open_corpus(config: TrainConfig) -> Corpus:
     return Corpus(train, choose_documents(data, config.data))
 
 
-def find_checkpoint(session: Session, from_step: int | None) -> Restored | None:
+def find_checkpoint(session: Session, from_step: int | None, groups: Groups) -> Restored | None:
     """The checkpoint to resume from, verified; None when the run was interrupted before its first one.
+
+    All ranks look for it together and find the same one.
 
     Raises:
         UserError: the checkpoint is corrupt or of another run, or those the log tells of are gone.
     """
     run_dir, log = session.run_dir, session.log
-    for path in remove_unfinished(run_dir):
+    for path in remove_unfinished(run_dir, groups):
         step = checkpoint_step(path)
         event = CheckpointAbort(path=str(path), reason="left half-written by an interrupted attempt; removed")
         log.emit(event, step=step if step is not None else 0, level="warning")
@@ -94,7 +112,7 @@ def find_checkpoint(session: Session, from_step: int | None) -> Restored | None:
         if not commits:
             return None
         raise UserError(f"{run_dir}: the log tells of {len(commits)} checkpoints, but none is there any more")
-    path = choose_checkpoint(run_dir, from_step)
+    path = choose_checkpoint(run_dir, from_step, groups)
     state = read_state(path)
     if state.run_id != session.identity.run_id:
         raise UserError(f"{path} is a checkpoint of run {state.run_id!r}, not of {session.identity.run_id!r}")
@@ -104,9 +122,8 @@ def find_checkpoint(session: Session, from_step: int | None) -> Restored | None:
 def assemble(
     session: Session,
     guard: SignalGuard,
-    gates: GateSet,
-    lane: Lane,
-    corpus: Corpus,
+    setup: Started,
+    groups: Groups,
     restored: Restored | None,
 ) -> Run:
     """Build everything, restoring it from `restored` if there is one, and record what was built.
@@ -115,38 +132,53 @@ def assemble(
         UserError: the checkpoint is of other data, model, precision or device. Interrupted: by a signal.
     """
     config, state = session.config, None if restored is None else restored.state
-    if state is not None:
-        _refuse_other_circumstances(state, corpus, lane)
-    threads = set_threads(config.train, None if state is None else state.threads)
-    guard.check()
-    torch.manual_seed(config.train.seed)
-    model = _build_model(config, lane, None if restored is None else restored.path)
-    optimizer = build_optimizer(model, config.optim)
+    lane, corpus, alone = setup.lane, setup.corpus, groups.world.size == 1
+    with together(groups.world, "starting"):
+        if state is not None:
+            _refuse_other_circumstances(state, corpus, lane)
+        threads = set_threads(config.train, None if state is None else state.threads)
+        if alone:
+            guard.check()
+        torch.manual_seed(config.train.seed if alone else role_seeds(config.train.seed, groups).sharded)
+        model = _build_model(config, lane, groups)
+        loader = BatchLoader(
+            corpus.train,
+            windows_per_batch=config.data.windows_per_batch,
+            seed=config.data.seed,
+            rank=groups.dp.rank,
+            world_size=groups.dp.size,
+            cursor=None if state is None else state.cursor,
+        )
+    # Outside of `together`: a sharded optimizer is built by all replicas in one exchange.
+    shared_by = groups.dp_cp if config.parallel.shard_optimizer else None
+    optimizer = build_optimizer(model, config.optim, shared_by=shared_by)
     progress = Progress()
-    loader = BatchLoader(
-        corpus.train,
-        windows_per_batch=config.data.windows_per_batch,
-        seed=config.data.seed,
-        cursor=None if state is None else state.cursor,
-    )
     if restored is not None:
-        restore_optimizer(restored.path, model, optimizer)
-        progress = _restore_progress(session, restored)
-        set_rng_state(restored.state.rng)
+        restore_model(restored.path, model, groups)
+        restore_optimizer(restored.path, model, optimizer, groups)
+        progress = _restore_progress(session, restored, groups)
+        if alone:  # with several ranks each has a seed of its own, and nothing draws from it
+            set_rng_state(restored.state.rng)
     choices = {**lane.choices, "train.threads": threads, **model.choices}
-    _record(session, corpus, lane, choices)
-    guard.check()
+    _record(session, setup, groups, choices)
+    if alone:
+        guard.check()
+    sharded = {name for name, rule in shard_rules(model.config).items() if rule.dim is not None}
+    scan = model.choices.get("mimo")
     return Run(
         session=session,
         guard=guard,
-        gates=gates,
+        gates=setup.gates,
         lane=lane,
+        groups=groups,
         threads=int(threads.value),
         model=model,
         optimizer=optimizer,
+        engine=TorchEngine(model, optimizer, groups, sharded),
         loader=loader,
         validation=corpus.validation,
-        sinks=open_sinks(config, session.run_dir, run_id=session.identity.run_id, first_step=progress.step),
+        kernels=KernelWatch(session.log, None if scan is None else scan.value),
+        sinks=_sinks(session, groups, progress),
         progress=progress,
         first_step=progress.step,
     )
@@ -167,27 +199,34 @@ def _refuse_other_circumstances(state: TrainerState, corpus: Corpus, lane: Lane)
             )
 
 
-def _build_model(config: TrainConfig, lane: Lane, checkpoint: Path | None) -> HybridLM:
-    architecture = config.model.architecture()
-    model = HybridLM(architecture, activation_checkpointing=config.train.activation_checkpointing)
-    if checkpoint is None:
-        model.reset_parameters(config.train.seed)
-    else:
-        # Copied, not adopted: a vectorised sum may depend on alignment, and a file's is not torch's.
-        model.load_state_dict(load_model(checkpoint, expect=architecture).state_dict(), strict=True)
+def _sinks(session: Session, groups: Groups, progress: Progress) -> Sequence[Sink]:
+    """The console and its like belong to rank 0; every rank has its own log."""
+    if groups.world.rank != 0:
+        return ()
+    return open_sinks(session.config, session.run_dir, run_id=session.identity.run_id, first_step=progress.step)
+
+
+def _build_model(config: TrainConfig, lane: Lane, groups: Groups) -> HybridLM:
+    parallel = None if groups.world.size == 1 else Parallel(groups, config.parallel.sequence_parallel)
+    checkpointing = config.train.activation_checkpointing
+    model = HybridLM(config.model.architecture(), activation_checkpointing=checkpointing, parallel=parallel)
+    model.reset_parameters(config.train.seed)
     model.to(lane.device)
     train = config.train
     try:
-        model.request_backends(mimo=train.mimo_backend, attention=train.attention_backend, loss=train.loss_backend)
+        loss = requested_backend(train.loss_backend)
+        model.request_backends(mimo=train.mimo_backend, attention=train.attention_backend, loss=loss)
     except ValueError as error:
         raise UserError(f"train: {error}") from error
     return model
 
 
-def _restore_progress(session: Session, restored: Restored) -> Progress:
+def _restore_progress(session: Session, restored: Restored, groups: Groups) -> Progress:
     state = restored.state
-    set_aside_later(session.run_dir, step=state.step, attempt=session.log.attempt)
-    event = CheckpointRestore(path=str(restored.path), audit_anchor=state.audit_anchor)
+    set_aside_later(session.run_dir, step=state.step, attempt=session.log.attempt, groups=groups)
+    # The anchor in a checkpoint is of rank 0's chain.
+    anchor = state.audit_anchor if groups.world.rank == 0 else None
+    event = CheckpointRestore(path=str(restored.path), audit_anchor=anchor)
     session.log.emit(event, step=state.step)
     return Progress(
         step=state.step,
@@ -198,14 +237,17 @@ def _restore_progress(session: Session, restored: Restored) -> Progress:
     )
 
 
-def _record(session: Session, corpus: Corpus, lane: Lane, choices: dict[str, Choice]) -> None:
+def _record(session: Session, setup: Started, groups: Groups, choices: dict[str, Choice]) -> None:
     """env.snapshot, data.fingerprint and every automatic choice with its reason."""
-    data, config, log = corpus.validation.data, session.config, session.log
+    lane, corpus, config, log = setup.lane, setup.corpus, session.config, session.log
+    data = corpus.validation.data
     extra = {
         "device": str(lane.device),
         "device_name": lane.device_name,
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "layout": groups.layout._asdict(),
+        "rank": groups.world.rank,
         "seeds": {"train": config.train.seed, "data": config.data.seed},
         "tokenizer_fingerprint": data.tokenizer.fingerprint,
         "data_fingerprint": corpus.train.fingerprint,

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from libs.kernels.attention import attention
 from libs.model.config import AttentionConfig
 from libs.model.layers import ForwardContext, Projection
+from libs.model.sharding import local_attention
+from libs.parallel.context import attention_context
+from libs.parallel.mesh import Parallel
 
 
 class KvState(NamedTuple):
@@ -32,10 +35,12 @@ def rotate(x_BSHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention, no biases."""
+    """Causal grouped-query attention, no biases. A tensor-parallel rank holds heads of its own: a partial sum."""
 
-    def __init__(self, hidden_size: int, config: AttentionConfig) -> None:
+    def __init__(self, hidden_size: int, config: AttentionConfig, parallel: Parallel | None = None) -> None:
         super().__init__()
+        if parallel is not None:
+            config = local_attention(config, parallel.tp.size)
         self.nheads, self.kv_heads, self.head_dim = config.nheads, config.kv_heads, config.head_dim
         self.qkv = Projection(hidden_size, (config.nheads + 2 * config.kv_heads) * config.head_dim)
         self.out = Projection(config.nheads * config.head_dim, hidden_size, role="output")
@@ -50,7 +55,10 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, causal: bool = True) -> Tensor:
         assert context.attention_backend is not None, "a pattern with '*' resolves its backend"
-        out_BSHK = attention(q, k, v, cu_seqlens=context.bounds, causal=causal, backend=context.attention_backend)
+        if context.cp is not None:
+            out_BSHK = attention_context(q, k, v, shard=context.cp, backend=context.attention_backend)
+        else:
+            out_BSHK = attention(q, k, v, cu_seqlens=context.bounds, causal=causal, backend=context.attention_backend)
         out_BSD: Tensor = self.out(out_BSHK.flatten(2))
         return out_BSD
 

@@ -13,47 +13,54 @@ from torch import Tensor, nn
 from libs.kernels.mimo import MimoState
 from libs.model.attention import Attention, KvState
 from libs.model.config import ModelConfig
-from libs.model.layers import ForwardContext, RMSNorm
+from libs.model.layers import ForwardContext, RMSNorm, between_layers
 from libs.model.mixer import MambaMixer
 from libs.model.mlp import GatedMlp
 from libs.model.pattern import LayerKind
+from libs.parallel.mesh import Parallel
+from libs.parallel.tensor import enter, leave
 
 LayerState: TypeAlias = MimoState | KvState | None
 
 
-def build_layer(config: ModelConfig, kind: LayerKind) -> MambaMixer | Attention | GatedMlp:
+def build_layer(
+    config: ModelConfig, kind: LayerKind, parallel: Parallel | None = None
+) -> MambaMixer | Attention | GatedMlp:
     """The layer of one pattern character; the config has already checked that its part is there."""
     if kind is LayerKind.MAMBA:
         assert config.mixer is not None
-        return MambaMixer(config.hidden_size, config.mixer)
+        return MambaMixer(config.hidden_size, config.mixer, parallel)
     if kind is LayerKind.ATTENTION:
         assert config.attention is not None
-        return Attention(config.hidden_size, config.attention)
+        return Attention(config.hidden_size, config.attention, parallel)
     assert kind is LayerKind.MLP
     assert config.mlp is not None
-    return GatedMlp(config.hidden_size, config.mlp)
+    return GatedMlp(config.hidden_size, config.mlp, parallel)
 
 
 class ResidualBlock(nn.Module):
-    """x + layer(norm(x))."""
+    """x + layer(norm(x)). Under tensor parallelism the layer is sharded and its partial sums are added here."""
 
-    def __init__(self, config: ModelConfig, kind: LayerKind) -> None:
+    def __init__(self, config: ModelConfig, kind: LayerKind, parallel: Parallel | None = None) -> None:
         super().__init__()
-        self.kind = kind
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.layer = build_layer(config, kind)
+        self.kind, self.parallel = kind, parallel
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, between_layers(parallel))
+        self.layer = build_layer(config, kind, parallel)
+
+    def _normed(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
+        return enter(self.norm(x_BSD), self.parallel, context.seq_len)
 
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
-        out: Tensor = x_BSD + self.layer(self.norm(x_BSD), context)
+        out: Tensor = x_BSD + leave(self.layer(self._normed(x_BSD, context), context), self.parallel)
         return out
 
     def prefill(self, x_BSD: Tensor, context: ForwardContext) -> tuple[Tensor, LayerState]:
         """As forward, and the state after the last token."""
-        y_BSD, state = self.layer.prefill(self.norm(x_BSD), context)
-        return x_BSD + y_BSD, state
+        y_BSD, state = self.layer.prefill(self._normed(x_BSD, context), context)
+        return x_BSD + leave(y_BSD, self.parallel), state
 
     def step(self, x_B1D: Tensor, context: ForwardContext, state: LayerState) -> tuple[Tensor, LayerState]:
         """One token; `state` must come from the same block."""
         layer: Any = self.layer
-        y_B1D, state = layer.step(self.norm(x_B1D), context, state)
-        return x_B1D + y_B1D, state
+        y_B1D, state = layer.step(self._normed(x_B1D, context), context, state)
+        return x_B1D + leave(y_B1D, self.parallel), state

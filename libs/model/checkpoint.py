@@ -13,8 +13,9 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from libs.flags.errors import UserError
 
@@ -23,6 +24,13 @@ MARKER = "COMMITTED"
 CHECKPOINTS = "checkpoints"
 MANIFEST_VERSION = 1
 _STEP = re.compile(r"step-(\d{8,})")
+
+
+class FileRecord(NamedTuple):
+    """What a manifest says of a file."""
+
+    sha256: str
+    size: int
 
 
 def checkpoint_name(step: int) -> str:
@@ -64,11 +72,29 @@ def staging_directory(final_dir: Path) -> Path:
     return staging
 
 
-def write_manifest(directory: Path) -> str:
-    """Write MANIFEST.json (sha256 and size of every file) and return its own sha256."""
+def seal(path: Path) -> FileRecord:
+    """Flush a finished file and take its record: what a rank does with the files it wrote itself."""
+    _fsync(path)
+    return FileRecord(_sha256(path), path.stat().st_size)
+
+
+def write_manifest(directory: Path, sealed: Mapping[str, FileRecord] | None = None) -> str:
+    """Write MANIFEST.json (sha256 and size of every file) and return its own sha256.
+
+    Raises:
+        UserError: a sealed file is not here, or not of the size it was sealed with.
+    """
+    known, found = sealed or {}, {path.relative_to(directory).as_posix(): path for path in _content(directory)}
+    for name, record in known.items():
+        size = found[name].stat().st_size if name in found else None
+        if size != record.size:
+            raise UserError(
+                f"{directory / name} was written with {record.size} bytes, the rank that commits finds "
+                f"{'nothing' if size is None else f'{size} bytes'}: all ranks must write to one shared file system"
+            )
     files = {
-        path.relative_to(directory).as_posix(): {"sha256": _sha256(path), "size": path.stat().st_size}
-        for path in _content(directory)
+        name: (known[name] if name in known else FileRecord(_sha256(path), path.stat().st_size))._asdict()
+        for name, path in found.items()
     }
     body = {"manifest_version": MANIFEST_VERSION, "files": files}
     manifest = directory / MANIFEST
@@ -76,20 +102,26 @@ def write_manifest(directory: Path) -> str:
     return _sha256(manifest)
 
 
-def commit(staging_dir: Path, final_dir: Path) -> str:
+def commit(staging_dir: Path, final_dir: Path, sealed: Mapping[str, FileRecord] | None = None) -> str:
     """Make a fully written directory a checkpoint. Writes the manifest; returns its sha256.
 
     Order: hash, flush files, rename, flush the parent, then the marker. A crash at any point leaves either no
     `final_dir`, or one without marker, which no reader accepts and the next commit of that name replaces.
 
+    Args:
+        sealed: {path inside the directory: its record} of files that are hashed and flushed already.
+
     Raises:
-        UserError: `final_dir` is already a committed checkpoint. OSError: as it comes (disk full).
+        UserError: `final_dir` is already a committed checkpoint, or a sealed file is not here.
+        OSError: as it comes (disk full).
     """
     if (final_dir / MARKER).exists():
         raise UserError(f"{final_dir} is already a committed checkpoint; it is never overwritten")
-    digest = write_manifest(staging_dir)
+    digest = write_manifest(staging_dir, sealed)
+    flushed = {staging_dir / name for name in sealed or {}}
     for path in [*_content(staging_dir), staging_dir / MANIFEST]:
-        _fsync(path)
+        if path not in flushed:
+            _fsync(path)
     for directory in [*(path for path in staging_dir.rglob("*") if path.is_dir()), staging_dir]:
         _fsync(directory)
     if final_dir.exists():
@@ -115,9 +147,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def verify_checkpoint(directory: Path) -> str:
+def committed_digest(directory: Path) -> str:
+    """The sha256 of the manifest a checkpoint was committed with, which names the content; nothing is verified."""
+    return str(_read_json(directory / MARKER).get("manifest_sha256"))
+
+
+def verify_checkpoint(directory: Path, *, reader: int = 0, readers: int = 1) -> str:
     """Check marker, manifest, file list, sizes and hashes; return the manifest's sha256, which names the
     content.
+
+    Args:
+        reader, readers: when several processes share the work, each hashes its own files only; the rest is quick and
+            checked by all.
 
     Raises:
         UserError: not committed, or naming the file that is missing, extra, or of other bytes than were
@@ -139,14 +180,26 @@ def verify_checkpoint(directory: Path) -> str:
         kind = {name: "extra" if name in present else "missing" for name in differing}
         listed = ", ".join(f"{name} ({kind[name]})" for name in differing[:8])
         raise UserError(f"corrupt checkpoint {directory}: files differ from its manifest: {listed}")
+    mine = _share_out({name: int(record["size"]) for name, record in files.items()}, readers)[reader]
     for name, path in present.items():
         size = path.stat().st_size
         if size != files[name]["size"]:
             raise UserError(f"corrupt checkpoint {directory}: {name} has {size} bytes, committed {files[name]['size']}")
-        if (found := _sha256(path)) != files[name]["sha256"]:
+        if name in mine and (found := _sha256(path)) != files[name]["sha256"]:
             committed = files[name]["sha256"]
             raise UserError(f"corrupt checkpoint {directory}: {name} has sha256 {found}, committed {committed}")
     return digest
+
+
+def _share_out(sizes: Mapping[str, int], readers: int) -> list[set[str]]:
+    """Which files each reader hashes: the largest left goes to whoever has least so far."""
+    shares: list[set[str]] = [set() for _ in range(readers)]
+    load = [0] * readers
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = load.index(min(load))
+        shares[least].add(name)
+        load[least] += sizes[name] + 1
+    return shares
 
 
 def committed_checkpoints(run_dir: Path) -> list[Path]:

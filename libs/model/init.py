@@ -1,8 +1,8 @@
 """Initial values by role, one random stream per parameter, and which parameters are special afterwards.
 
-Each parameter's stream is seeded by (seed, its name) and drawn on the CPU: the same values on every device,
-whatever else is in the model. Also the two rules other parts ask for: which parameters stay fp32, which take
-no weight decay.
+Each parameter's stream is seeded by (seed, its name) and drawn on the CPU, whole: the same values on every device,
+whatever else is in the model and however it is sharded. Also the two rules other parts ask for: which parameters stay
+fp32, which take no weight decay.
 """
 # H heads  R rank  N state  P headdim
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,10 @@ from torch import Tensor, nn
 from libs.model.config import MixerConfig, ModelConfig
 from libs.model.layers import Projection, RMSNorm, TokenEmbedding
 from libs.model.mixer import FP32_PARAMETERS, MambaMixer
+from libs.model.sharding import ShardRule, shard_rules
+from libs.parallel.mesh import Group
+
+ALONE = Group()
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
@@ -24,8 +29,18 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _normal(parameter: Tensor, std: float, generator: torch.Generator) -> None:
-    parameter.copy_(torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
+class _Cutter(NamedTuple):
+    """Puts this rank's shard of a full value into a parameter."""
+
+    rules: dict[str, ShardRule]
+    tp: Group
+
+    def put(self, name: str, parameter: Tensor, full: Tensor) -> None:
+        parameter.copy_(self.rules[name].cut(full, self.tp.rank, self.tp.size))
+
+    def normal(self, name: str, parameter: Tensor, std: float, generator: torch.Generator) -> None:
+        shape = self.rules[name].full_shape(parameter.shape, self.tp.size)
+        self.put(name, parameter, torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator))
 
 
 def initial_dt_bias(config: MixerConfig, generator: torch.Generator) -> Tensor:
@@ -36,10 +51,12 @@ def initial_dt_bias(config: MixerConfig, generator: torch.Generator) -> Tensor:
     return dt + (-torch.expm1(-dt)).log()
 
 
-def _init_mixer(mixer: MambaMixer, generator: torch.Generator) -> list[str]:
-    mixer.dt_bias.copy_(initial_dt_bias(mixer.config, generator))
+def _init_mixer(
+    mixer: MambaMixer, config: MixerConfig, generator: torch.Generator, prefix: str, cutter: _Cutter
+) -> list[str]:
+    cutter.put(f"{prefix}dt_bias", mixer.dt_bias, initial_dt_bias(config, generator))
     constants: dict[str, float] = {"D": 1, "B_bias": 1, "C_bias": 1, "mimo_z": 1}
-    constants |= dict.fromkeys(("mimo_x", "mimo_o"), 1 / mixer.config.mimo_rank)
+    constants |= dict.fromkeys(("mimo_x", "mimo_o"), 1 / config.mimo_rank)
     if mixer.out_norm is not None:
         constants["out_norm"] = 1
     for name, value in constants.items():
@@ -48,8 +65,10 @@ def _init_mixer(mixer: MambaMixer, generator: torch.Generator) -> list[str]:
 
 
 @torch.no_grad()
-def init_parameters(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of `model` in place.
+def init_parameters(model: nn.Module, config: ModelConfig, seed: int, *, tp: Group = ALONE, prefix: str = "") -> None:
+    """Fill every parameter of `model` in place: the shard of rank `tp.rank`, of the same full values for every tp.
+
+    prefix: where `model` sits in a `HybridLM(config)` ("blocks.0.layer."), when it is a part of one.
 
     Embeddings and projections: normal(0, init_std). The last projection of a residual block: init_std divided
     by the square root of the trunk's residual blocks (two per transformer layer: the 1/sqrt(2 * layers) of
@@ -57,22 +76,22 @@ def init_parameters(model: nn.Module, config: ModelConfig, seed: int) -> None:
     Mixer: MAMBA3.md, "Initial values".
     """
     done: set[str] = set()
+    cutter = _Cutter(shard_rules(config), tp)
     output_std = config.init_std / math.sqrt(len(config.layers.trunk))
     for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        generator = _generator(seed, path)
-        if isinstance(module, Projection):
-            _normal(module.weight, output_std if module.role == "output" else config.init_std, generator)
-            done.add(f"{prefix}weight")
-        elif isinstance(module, TokenEmbedding):
-            _normal(module.weight, config.init_std, generator)
-            done.add(f"{prefix}weight")
+        here = prefix + (f"{path}." if path else "")
+        generator = _generator(seed, here.removesuffix("."))
+        if isinstance(module, Projection | TokenEmbedding):
+            last = isinstance(module, Projection) and module.role == "output"
+            cutter.normal(f"{here}weight", module.weight, output_std if last else config.init_std, generator)
+            done.add(f"{here}weight")
         elif isinstance(module, RMSNorm):
             module.weight.fill_(1.0)
-            done.add(f"{prefix}weight")
+            done.add(f"{here}weight")
         elif isinstance(module, MambaMixer):
-            done.update(prefix + name for name in _init_mixer(module, generator))
-    missing = {name for name, _ in model.named_parameters()} - done
+            assert config.mixer is not None
+            done.update(here + name for name in _init_mixer(module, config.mixer, generator, here, cutter))
+    missing = {prefix + name for name, _ in model.named_parameters()} - done
     assert not missing, f"parameters without an initial value: {sorted(missing)}"
 
 

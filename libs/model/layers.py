@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from libs.parallel.context import ContextShard
+from libs.parallel.mesh import Group, Parallel
+from libs.parallel.tensor import sum_gradient
+
 Role = Literal["input", "output"]
 
 
@@ -25,6 +29,9 @@ class ForwardContext(NamedTuple):
         rope: cos and sin, each (S, E), of positions that restart at every document; None without attention.
         mimo_backend, attention_backend: resolved names, never "auto"; None where the pattern has no such
             layer.
+        seq_len: S, the tokens a layer works on; between layers sequence parallelism holds fewer.
+        cp: this rank's slice of the row under context parallelism; `rope` and `seq_len` are then the slice's, and the
+            boundaries the whole row's.
     """
 
     cu_seqlens: Tensor | None
@@ -32,18 +39,30 @@ class ForwardContext(NamedTuple):
     rope: tuple[Tensor, Tensor] | None
     mimo_backend: str | None
     attention_backend: str | None
+    seq_len: int
+    cp: ContextShard | None = None
+
+    def mine(self, u_BS: Tensor) -> Tensor:
+        """This rank's tokens of a tensor of the whole row."""
+        return u_BS if self.cp is None else self.cp.cut(u_BS)
 
 
 class Projection(nn.Linear):
     """A linear map without bias, left uninitialised until `init` fills it by role.
 
     role: "output" for the last map of a residual block, which is scaled down by depth; "input" for all
-    others.
+    others. summed_over: see `RMSNorm`.
     """
 
-    def __init__(self, in_features: int, out_features: int, role: Role = "input") -> None:
+    def __init__(
+        self, in_features: int, out_features: int, role: Role = "input", summed_over: Group | None = None
+    ) -> None:
         self.role: Role = role
         super().__init__(in_features, out_features, bias=False)
+        self.summed_over = summed_over
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, sum_gradient(self.weight, self.summed_over))
 
     def reset_parameters(self) -> None:
         """Nothing: see `libs.model.init`."""
@@ -57,15 +76,25 @@ class TokenEmbedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, in x's dtype with statistics in fp32 or better."""
+    """x / rms(x) * weight over the last axis, in x's dtype with statistics in fp32 or better.
 
-    def __init__(self, width: int, eps: float) -> None:
+    summed_over: the ranks that hold this same weight and each see a part of its gradient; None when all see all.
+    """
+
+    def __init__(self, width: int, eps: float, summed_over: Group | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
+        self.summed_over = summed_over
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        weight = sum_gradient(self.weight, self.summed_over)
+        return F.rms_norm(x, self.weight.shape, weight.to(x.dtype), self.eps)
+
+
+def between_layers(parallel: Parallel | None) -> Group | None:
+    """Over whom weights used between layers sum their gradients: each rank sees its tokens only, if at all."""
+    return parallel.tp if parallel is not None and parallel.shards_tokens else None
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:

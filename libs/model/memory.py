@@ -2,7 +2,7 @@
 allocated.
 
 An estimate of tensors, checked against what autograd really saves; allocator overhead and the device's own
-runtime are not in it. One device holds the whole model here: sharding divides these numbers elsewhere.
+runtime are not in it.
 """
 # T tokens of a micro-batch  D hidden  H heads  P headdim  G groups  R rank  N state  A angles  V vocabulary
 
@@ -73,12 +73,16 @@ def memory_estimate(
     activation_checkpointing: Literal["none", "block"] = "none",
     parameter_bytes: int = FP32,
     device_type: str = "cuda",
+    token_shards: int = 1,
+    optimizer_shards: int = 1,
 ) -> MemoryEstimate:
-    """Bytes of one training step.
+    """Bytes of one training step on one device: of the whole model, or of a rank's `sharding.local_config`.
 
     Args:
         tokens: of one micro-batch on the device. dtype_bytes: of activations (2 under bf16 autocast, else 4).
         optimizer: "adamw" or "sgd". parameter_bytes: of parameters and gradients (4 under autocast).
+        token_shards: ranks that share the tokens between layers (sequence parallelism). optimizer_shards: ranks that
+            share the optimizer's state.
 
     Raises:
         UserError: an optimizer whose state is not known.
@@ -88,22 +92,24 @@ def memory_estimate(
     parameters = parameter_count(config).total
     pattern = config.layers
     kinds = [*pattern.trunk, *(kind for depth in pattern.mtp for kind in depth)]
-    per_block = [tokens * block_activation_bytes(config, kind, dtype_bytes) for kind in kinds]
+    residual = FP32 * tokens * config.hidden_size
+    # Of what a block saves, its norm's input lies between layers; the rest is inside.
+    saved_elsewhere = residual - residual // token_shards
+    per_block = [tokens * block_activation_bytes(config, kind, dtype_bytes) - saved_elsewhere for kind in kinds]
     states = [
         scan_state_bytes(config.mixer, tokens) if kind is LayerKind.MAMBA and config.mixer is not None else 0
         for kind in kinds
     ]
-    residual = FP32 * tokens * config.hidden_size
-    heads = residual * (1 + 4 * len(pattern.mtp))
+    heads = residual // token_shards * (1 + 4 * len(pattern.mtp))
     if activation_checkpointing == "block":
-        activations, scan = len(kinds) * residual + max(per_block), max(states)
+        activations, scan = len(kinds) * (residual // token_shards) + max(per_block), max(states)
     else:
         activations, scan = sum(per_block), sum(states)
     chunk = min(tokens, default_chunk_tokens(config.vocab_size, device_type))
     by_component = {
         "parameters": parameters * parameter_bytes,
         "gradients": parameters * parameter_bytes,
-        "optimizer": parameters * OPTIMIZER_BYTES[optimizer],
+        "optimizer": parameters * OPTIMIZER_BYTES[optimizer] // optimizer_shards,
         "activations": activations + heads,
         "scan_states": scan,
         "logits_chunk": FP32 * config.vocab_size * (chunk + config.hidden_size),

@@ -17,6 +17,9 @@ from libs.flags.errors import UserError
 from libs.kernels.mimo import MimoState, mamba3_mimo, mamba3_mimo_step
 from libs.model.config import AActivation, MixerConfig
 from libs.model.layers import ForwardContext, Projection, RMSNorm, at_least_fp32
+from libs.model.sharding import local_mixer
+from libs.parallel.context import mamba3_mimo_context
+from libs.parallel.mesh import Parallel
 
 # Kept fp32 in a bf16 model: rounding dt_bias or A's factors changes decay over thousands of tokens.
 FP32_PARAMETERS = ("dt_bias", "D", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o")
@@ -45,17 +48,23 @@ class _Operands(NamedTuple):
 
 
 class MambaMixer(nn.Module):
-    """u (B,S,D) -> (B,S,D). `in_proj` packs [z, x, B, C, dd_dt, dd_A, trap]; B and C lie as (g, r, n)."""
+    """u (B,S,D) -> (B,S,D). `in_proj` packs [z, x, B, C, dd_dt, dd_A, trap]; B and C lie as (g, r, n).
 
-    def __init__(self, hidden_size: int, config: MixerConfig) -> None:
+    Tensor-parallel ranks hold heads and groups of their own (`config` is then the local one) and return partial sums,
+    which the block adds. `angle_proj` and the norms of B and C serve every head, so each rank holds them whole and
+    sees a part of their gradient.
+    """
+
+    def __init__(self, hidden_size: int, config: MixerConfig, parallel: Parallel | None = None) -> None:
         super().__init__()
-        self.config = config
+        group = None if parallel is None else parallel.tp
+        self.config = config = config if group is None else local_mixer(config, group.size)
         heads, rank = config.nheads, config.mimo_rank
         self.in_proj = Projection(hidden_size, sum(config.packed_widths))
-        self.angle_proj = Projection(hidden_size, config.angles)
+        self.angle_proj = Projection(hidden_size, config.angles, summed_over=group)
         self.out_proj = Projection(config.inner, hidden_size, role="output")
-        self.B_norm = RMSNorm(config.d_state, BC_NORM_EPS)
-        self.C_norm = RMSNorm(config.d_state, BC_NORM_EPS)
+        self.B_norm = RMSNorm(config.d_state, BC_NORM_EPS, group)
+        self.C_norm = RMSNorm(config.d_state, BC_NORM_EPS, group)
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads))
         self.B_bias = nn.Parameter(torch.empty(heads, rank, config.d_state))
@@ -94,7 +103,7 @@ class MambaMixer(nn.Module):
     def _scan(self, u_BSD: Tensor, context: ForwardContext, return_state: bool) -> Any:
         assert context.mimo_backend is not None, "a pattern with 'M' resolves its backend"
         ops = self._operands(u_BSD)
-        return mamba3_mimo(
+        operands = (
             ops.q_BSRGN,
             ops.k_BSRGN,
             ops.v_BSHP,
@@ -112,11 +121,12 @@ class MambaMixer(nn.Module):
             self.config.chunk_size,
             self.config.rotary_dim_divisor,
             ops.v_BSHP.dtype,
-            return_state,  # type: ignore[call-overload]
-            context.cu_seqlens,
-            norm_weight=self.out_norm,
-            backend=context.mimo_backend,
         )
+        options: Any = {"norm_weight": self.out_norm, "backend": context.mimo_backend}
+        if context.cp is not None:
+            assert not return_state, "decode has no context parallelism"
+            return mamba3_mimo_context(*operands, shard=context.cp, **options)
+        return mamba3_mimo(*operands, return_state, context.cu_seqlens, **options)  # type: ignore[call-overload]
 
     def forward(self, u_BSD: Tensor, context: ForwardContext) -> Tensor:
         out: Tensor = self.out_proj(self._scan(u_BSD, context, False).flatten(2))

@@ -8,13 +8,20 @@ from torch import Tensor, nn
 
 from libs.model.config import MlpConfig
 from libs.model.layers import ForwardContext, Projection
+from libs.model.sharding import local_mlp
+from libs.parallel.mesh import Parallel
 
 
 class GatedMlp(nn.Module):
-    """`gate_up` holds gate and up one after the other, so that both are one matrix product."""
+    """`gate_up` holds gate and up one after the other, so that both are one matrix product.
 
-    def __init__(self, hidden_size: int, config: MlpConfig) -> None:
+    A tensor-parallel rank holds a part of the width: a partial sum.
+    """
+
+    def __init__(self, hidden_size: int, config: MlpConfig, parallel: Parallel | None = None) -> None:
         super().__init__()
+        if parallel is not None:
+            config = local_mlp(config, parallel.tp.size)
         self.gate_up = Projection(hidden_size, 2 * config.width)
         self.down = Projection(config.width, hidden_size, role="output")
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from libs.model.block import ResidualBlock
 from libs.model.config import ModelConfig
-from libs.model.layers import Projection, RMSNorm
+from libs.model.layers import Projection, RMSNorm, between_layers
 from libs.model.pattern import LayerKind
+from libs.parallel.mesh import Parallel
 
 IGNORE = -100
 
@@ -22,16 +23,18 @@ IGNORE = -100
 class MtpDepth(nn.Module):
     """One depth: join [norm(hidden), norm(next embedding)], then its own blocks and final norm.
 
-    The blocks are run by the caller, which owns activation checkpointing.
+    The blocks are run by the caller, which owns activation checkpointing. `join_proj` works between layers: every
+    tensor-parallel rank holds it whole, and under sequence parallelism joins its own tokens.
     """
 
-    def __init__(self, config: ModelConfig, kinds: tuple[LayerKind, ...]) -> None:
+    def __init__(self, config: ModelConfig, kinds: tuple[LayerKind, ...], parallel: Parallel | None = None) -> None:
         super().__init__()
-        self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.embedding_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.join_proj = Projection(2 * config.hidden_size, config.hidden_size)
-        self.blocks = nn.ModuleList(ResidualBlock(config, kind) for kind in kinds)
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        tokens = between_layers(parallel)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps, tokens)
+        self.embedding_norm = RMSNorm(config.hidden_size, config.norm_eps, tokens)
+        self.join_proj = Projection(2 * config.hidden_size, config.hidden_size, summed_over=tokens)
+        self.blocks = nn.ModuleList(ResidualBlock(config, kind, parallel) for kind in kinds)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, tokens)
 
     def join(self, hidden_BSD: Tensor, embedding_BSD: Tensor) -> Tensor:
         """hidden at i, embedding of token i + k -> input of this depth's blocks."""

@@ -12,9 +12,12 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from libs.model.hybrid import HybridLM
+from libs.parallel.context import slice_offsets
 
 Ids: TypeAlias = NDArray[np.integer]
 
@@ -93,17 +96,31 @@ def _score_packed(
     packed = np.concatenate([ids for _, ids in documents])
     bounds = np.cumsum([0, *(len(ids) for _, ids in documents)])
     labels = np.append(packed[1:], -100)  # a document's last entry is computed with the others and not read
+    rows = [torch.from_numpy(row)[None].to(device) for row in (packed, labels)]
     with torch.no_grad():
-        nll = model.per_token_nll(
-            torch.from_numpy(packed)[None].to(device),
-            torch.from_numpy(labels)[None].to(device),
-            cu_seqlens=torch.from_numpy(bounds.astype(np.int32)).to(device),
-        )
+        nll = _whole_rows(model, rows[0], rows[1], torch.from_numpy(bounds.astype(np.int32)).to(device))
     bits = nll[0].double().cpu().numpy() / math.log(2)
     for (index, ids), start, end in zip(documents, bounds[:-1], bounds[1:], strict=True):
         sizes = token_bytes[ids].astype(np.int64)
         offsets = np.cumsum(sizes) - sizes
         yield DocumentScore(index, len(ids), bits[start : end - 1].copy(), sizes[1:], offsets[1:], None)
+
+
+def _whole_rows(model: HybridLM, tokens_BS: Tensor, labels_BS: Tensor, bounds: Tensor) -> Tensor:
+    """(1, S) nll; under context parallelism gathered from all slices, with padding where there would be too few."""
+    cp = None if model.parallel is None or model.parallel.cp.size == 1 else model.parallel.cp
+    if cp is None:
+        return model.per_token_nll(tokens_BS, labels_BS, cu_seqlens=bounds)
+    length, chunk = tokens_BS.shape[1], 1 if model.config.mixer is None else model.config.mixer.chunk_size
+    missing = max(0, cp.size * chunk - length)
+    if missing:  # a document of its own after the others changes nothing for them
+        tokens_BS, labels_BS = F.pad(tokens_BS, (0, missing)), F.pad(labels_BS, (0, missing), value=-100)
+        bounds = torch.cat([bounds, bounds.new_tensor([length + missing])])
+    start, stop = slice_offsets(length + missing, cp.size, multiple=chunk)[cp.rank : cp.rank + 2]
+    mine = model.per_token_nll(tokens_BS, labels_BS, cu_seqlens=bounds)
+    whole = torch.zeros(1, length + missing, dtype=mine.dtype, device=mine.device)
+    whole[:, start:stop] = mine
+    return cp.all_reduce_(whole)[:, :length]
 
 
 def bits_per_byte(scores: Iterable[DocumentScore]) -> BitsPerByte:

@@ -1,12 +1,14 @@
-"""A model on disk: model.safetensors and model.json (config, format version, identity), and the refusals at
-load.
+"""A model on disk: model.safetensors (or one shard per tensor-parallel rank) and model.json (config, format version,
+identity), and the refusals at load.
 
-Not for optimizer state (apps.train) nor for committing a directory as a checkpoint (see `checkpoint`).
+Not for optimizer state (apps.train), for the inside of a shard (`shard_files`), nor for committing a directory as a
+checkpoint (see `checkpoint`).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from libs.flags.errors import UserError
 from libs.model.config import ModelConfig
 from libs.model.hybrid import Checkpointing, HybridLM
+from libs.model.shard_files import LocalTensors, read_layout
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "model.json"
@@ -25,16 +28,28 @@ FORMAT = "fathom-model"
 FORMAT_VERSION = 1
 
 
-def save_model(directory: Path, model: HybridLM) -> None:
-    """Write both files into an existing directory. Raises OSError (disk full) as it comes."""
+def save_model(directory: Path, model: HybridLM, *, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Write both files into an existing directory. Raises OSError (disk full) as it comes.
+
+    Args:
+        tensors: the parameters' values to write, by name; the present ones by default.
+    """
+    whole = model.parallel is None or model.parallel.tp.size == 1
+    assert whole, "one rank's shards are not a model: they go to files of their own (libs.model.shard_files)"
+    values = dict(model.named_parameters()) if tensors is None else tensors
+    contiguous = {name: value.detach().contiguous().cpu() for name, value in values.items()}
+    save_file(contiguous, directory / WEIGHTS_FILE, metadata={"format": FORMAT})
+    write_config(directory, model.config)
+
+
+def write_config(directory: Path, config: ModelConfig) -> None:
+    """Write model.json: what `read_config` reads."""
     header = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "a_activation": None if model.config.mixer is None else model.config.mixer.a_activation,
-        "config": model.config.model_dump(mode="json"),
+        "a_activation": None if config.mixer is None else config.mixer.a_activation,
+        "config": config.model_dump(mode="json"),
     }
-    tensors = {name: parameter.detach().contiguous().cpu() for name, parameter in model.named_parameters()}
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": FORMAT})
     (directory / CONFIG_FILE).write_text(json.dumps(header, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -70,7 +85,7 @@ def check_identity(found: ModelConfig, expect: ModelConfig, where: Path) -> None
         raise UserError(f"{where} is another model than the one asked for:\n  " + "\n  ".join(lines))
 
 
-def _check_tensors(tensors: dict[str, Tensor], model: HybridLM, path: Path) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], model: HybridLM, path: Path) -> None:
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != found:
@@ -89,7 +104,7 @@ def load_model(
     loss_backend: str = "auto",
     activation_checkpointing: Checkpointing = "none",
 ) -> HybridLM:
-    """Rebuild a saved model on `device`, in the dtypes it was saved in.
+    """Rebuild a saved model on `device`, whole, in the dtypes it was saved in, whatever layout it was saved from.
 
     Args:
         expect: the config the caller is going to use; it must agree in everything that gives the weights
@@ -103,13 +118,40 @@ def load_model(
     if expect is not None:
         check_identity(config, expect, directory)
     path = directory / WEIGHTS_FILE
-    try:
-        tensors = load_file(path, device=str(device))
-    except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from error
+    tensors = _whole_tensors(directory, config, device)
     with torch.device("meta"):
         model = HybridLM(config if expect is None else expect, activation_checkpointing=activation_checkpointing)
     _check_tensors(tensors, model, path)
     model.load_state_dict(tensors, strict=True, assign=True)
     model.request_backends(mimo=mimo_backend, attention=attention_backend, loss=loss_backend)
     return model
+
+
+def _whole_tensors(directory: Path, config: ModelConfig, device: torch.device | str) -> dict[str, Tensor]:
+    layout = read_layout(directory)
+    if layout.tp > 1:
+        merged = LocalTensors([directory / name for name in layout.weights], config)
+        return {name: tensor.to(device) for name, tensor in merged.items()}
+    path = directory / WEIGHTS_FILE
+    try:
+        return load_file(path, device=str(device))
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def load_parameters(directory: Path, model: HybridLM) -> None:
+    """Copy saved weights into a model that exists, which may hold one tensor-parallel rank's shards.
+
+    Values are copied, not adopted: a vectorised sum may depend on alignment, and a file's is not torch's. Only this
+    rank's rows are read from the files.
+
+    Raises:
+        UserError: nothing saved there, damaged files, or another model, with both values.
+    """
+    check_identity(read_config(directory), model.config, directory)
+    rank, size = (0, 1) if model.parallel is None else (model.parallel.tp.rank, model.parallel.tp.size)
+    files = [directory / name for name in read_layout(directory).weights]
+    local = LocalTensors(files, model.config, rank, size)
+    tensors = {name: local[name] for name in local}
+    _check_tensors(tensors, model, directory)
+    model.load_state_dict(tensors, strict=True)

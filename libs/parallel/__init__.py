@@ -1,1 +1,1 @@
-"""The only layer that imports megatron-core: its indexed dataset now; process groups and sharding as they land."""
+"""Layouts, process groups and what ranks exchange; the only layer that imports megatron-core. The map is README.md."""

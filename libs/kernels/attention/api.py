@@ -44,7 +44,8 @@ def attention(
     """softmax(scale * q k^T + mask) v, every query head reading key/value head h // (H / G).
 
     Args:
-        q_BSHD: queries; k_BTGD, v_BTGD: keys and values of one dtype, S == T when causal or packed.
+        q_BSHD: queries; k_BTGD, v_BTGD: keys and values of one dtype. S <= T when causal: the queries are the last S
+            of the T tokens, all of one document; S == T when packed.
         cu_seqlens: (n + 1,) integers (or the same as a list, which spares a copy from the device): document
             boundaries 0 = b_0 < ... < b_n = S with B = 1; a query sees keys of its own document only.
         causal: a query sees no later key.
@@ -74,8 +75,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | list[int] | Non
         raise ValueError(
             f"q (B,S,H,D)={tuple(q.shape)} does not fit k (B,T,G,D)={tuple(k.shape)}: B, D equal, H % G == 0"
         )
-    if S != T and (causal or cu_seqlens is not None):
-        raise ValueError(f"causal or packed attention needs as many keys as queries, got S={S} and T={T}")
+    if S > T and causal:
+        raise ValueError(f"causal attention needs a key for every query, got S={S} queries and T={T} keys")
+    if S != T and cu_seqlens is not None:
+        raise ValueError(f"packed attention needs as many keys as queries, got S={S} and T={T}")
     if cu_seqlens is None:
         return None
     bounds = cu_seqlens if isinstance(cu_seqlens, list) else [int(bound) for bound in cu_seqlens.tolist()]

@@ -19,7 +19,7 @@ def attention_reference(
     scores_BHST = torch.einsum("bshd,bthd->bhst", q_BSHD.to(acc), k_BTHD) * scale
     visible_ST = torch.ones(S, T, dtype=torch.bool, device=q_BSHD.device)
     if causal:
-        visible_ST = visible_ST.tril()
+        visible_ST = visible_ST.tril(T - S)  # the queries are the last S of the tokens
     if bounds is not None:
         lengths = torch.tensor(bounds, device=q_BSHD.device).diff()
         document_S = torch.arange(len(lengths), device=q_BSHD.device).repeat_interleave(lengths)

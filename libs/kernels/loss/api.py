@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from libs.kernels.backend import Choice, Probe, pick
+from libs.kernels.loss import liger
 from libs.kernels.loss.chunked import default_chunk_tokens, linear_cross_entropy_chunked, no_autocast
 from libs.kernels.loss.reference import linear_cross_entropy_reference
+from libs.kernels.loss.vocab_parallel import Reducer, linear_cross_entropy_vocab_parallel
 
 _DEVICES = ("cpu", "cuda", "meta")
 
@@ -22,11 +24,12 @@ def _probe(device_type: str) -> str | None:
     return None if device_type in _DEVICES else f"it needs one of {', '.join(_DEVICES)}"
 
 
-BACKENDS: Mapping[str, Probe] = {"chunked": _probe, "reference": _probe}
+# "auto" never comes to liger, since chunked runs wherever it does: it is asked for by name (see `gates`).
+BACKENDS: Mapping[str, Probe] = {"chunked": _probe, "reference": _probe, "liger": liger.refusal}
 
 
 def choose_backend(requested: str, device: torch.device) -> Choice:
-    """Resolve "auto" | "chunked" | "reference" on `device`. Raises ValueError when one cannot run there."""
+    """Resolve "auto" | "chunked" | "reference" | "liger" on `device`. Raises ValueError when one cannot run there."""
     return pick("linear_cross_entropy", requested, device.type, BACKENDS)
 
 
@@ -38,6 +41,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
     backend: str = "auto",
+    group: Reducer | None = None,
 ) -> Tensor:
     """nll[t] = logsumexp_v(hidden[t] . weight[v]) - hidden[t] . weight[labels[t]], and 0 where ignored.
 
@@ -46,11 +50,15 @@ def linear_cross_entropy(
 
     Args:
         hidden_TD, weight_VD: floating point; labels_T: integers in [0, V) or `ignore_index`.
-        chunk_tokens: tokens whose logits exist at one time; None picks by vocabulary and device.
-        backend: "auto", "chunked" or "reference" (which does hold T x V, and refuses nothing else).
+        chunk_tokens: tokens whose logits exist at one time; None picks by vocabulary and device. liger has its own.
+        backend: "auto", "chunked", "reference" (which does hold T x V) or "liger"; the last two run on one rank only.
+        group: ranks that each hold V consecutive rows of a weight of size * V rows; hidden and labels (of the whole
+            vocabulary) are the same on all. Then hidden's gradient is **this rank's share**: the caller sums it over
+            the group (`libs.parallel.tensor.enter` does, or reduce-scatters it). The weight's is complete.
 
     Returns:
-        (T,) fp32 (fp64 for fp64 operands), differentiable in hidden and weight with any per-token gradient.
+        (T,) fp32 (fp64 for fp64 operands), differentiable in hidden and weight with any per-token gradient; with
+        `group` the same on every rank.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, `chunk_tokens` < 1, or a backend that cannot run here.
@@ -72,8 +80,14 @@ def linear_cross_entropy(
         hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
     if hidden_TD.dtype != weight_VD.dtype:
         raise ValueError(f"hidden and weight must have one dtype, got {hidden_TD.dtype} and {weight_VD.dtype}")
+    if group is not None and group.size > 1 and choice.value != "chunked":
+        raise ValueError(f"backend {choice.value!r} cannot split the vocabulary over {group.size} ranks; able: chunked")
     with no_autocast(device_type):
         if choice.value == "reference":
             return linear_cross_entropy_reference(hidden_TD, weight_VD, labels_T, ignore_index)
+        if choice.value == "liger":
+            return liger.linear_cross_entropy_liger(hidden_TD, weight_VD, labels_T, ignore_index)
         chunk = chunk_tokens or default_chunk_tokens(weight_VD.shape[0], device_type)
+        if group is not None and group.size > 1:
+            return linear_cross_entropy_vocab_parallel(hidden_TD, weight_VD, labels_T, ignore_index, chunk, group)
         return linear_cross_entropy_chunked(hidden_TD, weight_VD, labels_T, ignore_index, chunk)

@@ -25,7 +25,8 @@ def default_chunk_tokens(vocab: int, device_type: str) -> int:
     return max(16, min(8192, 1 << (max(budget // vocab, 1).bit_length() - 1)))
 
 
-def _acc(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64 operands."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -34,7 +35,7 @@ def no_autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
-def _logits(hidden_cD: Tensor, weight_VD: Tensor, buffer_cV: Tensor) -> Tensor:
+def chunk_logits(hidden_cD: Tensor, weight_VD: Tensor, buffer_cV: Tensor) -> Tensor:
     """hidden @ weight^T in the accumulation dtype, into the buffer."""
     out_cV = buffer_cV[: hidden_cD.shape[0]]
     if hidden_cD.dtype == out_cV.dtype:
@@ -47,7 +48,7 @@ class _ChunkedNll(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, ignore_index: int, chunk: int
     ) -> Tensor:
-        acc, T, V = _acc(hidden_TD.dtype), hidden_TD.shape[0], weight_VD.shape[0]
+        acc, T, V = accumulation_dtype(hidden_TD.dtype), hidden_TD.shape[0], weight_VD.shape[0]
         kept_T = labels_T != ignore_index
         target_T = torch.where(kept_T, labels_T, 0).long()
         lse_T = torch.empty(T, dtype=acc, device=hidden_TD.device)
@@ -55,13 +56,13 @@ class _ChunkedNll(torch.autograd.Function):
         buffer_cV = torch.empty(min(chunk, T), V, dtype=acc, device=hidden_TD.device)
         for start in range(0, T, chunk):
             part = slice(start, min(start + chunk, T))
-            logits_cV = _logits(hidden_TD[part], weight_VD, buffer_cV)
+            logits_cV = chunk_logits(hidden_TD[part], weight_VD, buffer_cV)
             picked_c = logits_cV.gather(1, target_T[part, None])[:, 0]
             peak_c = logits_cV.amax(1)
             total_c = logits_cV.sub_(peak_c[:, None]).exp_().sum(1)
             torch.add(total_c.log_(), peak_c, out=lse_T[part])
             torch.sub(lse_T[part], picked_c, out=nll_T[part])
-        ctx.save_for_backward(hidden_TD, weight_VD, target_T, kept_T, lse_T)
+        ctx.save_for_backward(hidden_TD, weight_VD, target_T, kept_T, lse_T, None)
         ctx.chunk = chunk
         return nll_T.masked_fill_(~kept_T, 0.0)
 
@@ -69,24 +70,29 @@ class _ChunkedNll(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         with no_autocast(grad_T.device.type):
-            return (*_backward(ctx, grad_T), None, None, None)
+            return (*chunked_backward(ctx, grad_T), None, None, None)
 
 
-def _backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of hidden (T, D) and weight (V, D), None where not needed."""
-    hidden_TD, weight_VD, target_T, kept_T, lse_T = ctx.saved_tensors
+def chunked_backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of hidden (T, D) and weight (V, D), None where not needed.
+
+    Saved: hidden, weight, target (T,) row of `weight`, kept (T,) not ignored, lse (T,), and held (T,): whether the
+    target is among the rows of `weight`, None when it always is.
+    """
+    hidden_TD, weight_VD, target_T, kept_T, lse_T, held_T = ctx.saved_tensors
     acc, dtype = lse_T.dtype, hidden_TD.dtype
     T, V = hidden_TD.shape[0], weight_VD.shape[0]
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     scale_T = torch.where(kept_T, grad_T.to(acc), 0.0)
+    hit_T = scale_T if held_T is None else torch.where(held_T, scale_T, 0.0)
     grad_hidden_TD = torch.empty_like(hidden_TD) if need_hidden else None
     grad_weight_VD = torch.zeros_like(weight_VD, dtype=acc) if need_weight else None
     buffer_cV = torch.empty(min(ctx.chunk, T), V, dtype=acc, device=hidden_TD.device)
     for start in range(0, T, ctx.chunk):
         part = slice(start, min(start + ctx.chunk, T))
-        grad_cV = _logits(hidden_TD[part], weight_VD, buffer_cV)
+        grad_cV = chunk_logits(hidden_TD[part], weight_VD, buffer_cV)
         grad_cV.sub_(lse_T[part, None]).exp_().mul_(scale_T[part, None])
-        grad_cV.scatter_add_(1, target_T[part, None], -scale_T[part, None])
+        grad_cV.scatter_add_(1, target_T[part, None], -hit_T[part, None])
         grad_cV = grad_cV.to(dtype)
         if grad_hidden_TD is not None:
             torch.mm(grad_cV, weight_VD, out=grad_hidden_TD[part])

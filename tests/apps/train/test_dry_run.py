@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from apps.train.origins import recipe_names
 from libs.model import parameter_count, preset
 
 Train = Callable[..., int]
@@ -28,6 +29,91 @@ def test_the_large_recipe_is_planned_without_the_device(train: Train, capsys: py
     said = capsys.readouterr().out
     assert f"{parameter_count(preset('h200_8x')).total:,}" in said
     assert "NVIDIA H200: 139.000 GiB" in said
-    assert train(*words, "--train.device_name", "NVIDIA H100 80GB HBM3", "--data.window", "65536") == 2
+    assert train(*words, *ALONE, "--train.device_name", "NVIDIA H100 80GB HBM3", "--data.window", "65536") == 2
     assert train(*words, "--train.device_name", "NVIDIA B200") == 2
     assert "NVIDIA B200" in capsys.readouterr().err
+
+
+def total(said: str, title: str) -> int:
+    """The last row of a table of the plan."""
+    rows = said[said.index(title) :].splitlines()
+    row = next(line for line in rows if line.startswith("│ total"))
+    return int(row.split("│")[2].strip().replace(",", ""))
+
+
+def test_the_plan_of_eight_ranks(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """Per rank: its parameters, its memory, what it sends. The plan checks its own counts by the rules of cutting."""
+    words = ["--recipe", "h200_8x_bf16", "--dry-run"]
+    assert train(*words) == 0
+    said = capsys.readouterr().out
+    replicated = 4 * 8  # whatever is whole on every rank is counted eight times
+    whole, of_rank = parameter_count(preset("h200_8x")).total, total(said, "parameters of one of 8 ranks")
+    assert whole / 8 < of_rank < whole / 8 + whole / replicated
+    assert "with gate psiv_cache, off here: 0.875 GiB more" in said  # 8192 tokens, 16 heads of 64, rank 4, 14 layers
+    sent = " ".join(said.split())
+    # 34 blocks, 8 micro-batches of 8192 tokens: output in bf16 forward twice, input's gradient in fp32.
+    layers = 34 * 8 * 8192 * 4096 * (2 * 2 + 4) * 2 * 7 / 8 / 2**30
+    assert f"tp layers │ {layers:.3f} GiB" in sent
+    assert "dp gradients │ 0.000 GiB" in sent
+    assert train(*words, "--parallel.dp", "2", "--parallel.tp", "4", "--data.windows_per_batch", "2") == 0
+    assert "dp gradients │ 0.000" not in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--parallel.tp", "16"], "tp=16 cannot shard"),
+        (["--parallel.dp", "3", "--parallel.tp", "1"], "cannot be shared by parallel.dp = 3"),
+    ],
+)
+def test_layouts_that_cannot_be(train: Train, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    assert train("--recipe", "h200_8x_bf16", "--dry-run", *words) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", [name for name in recipe_names() if name.startswith("h200")])
+def test_every_large_recipe_fits(train: Train, recipe: str) -> None:
+    assert train("--recipe", recipe, "--dry-run") == 0
+
+
+ALONE = ["--parallel.tp", "1", "--parallel.sequence_parallel", "false"]
+HOPPER = ["--recipe", "h200_8x_bf16", "--dry-run", "--train.mimo_backend", "tilelang"]
+SMALLER = ["--data.window", "1024"]
+
+
+def test_gates_are_planned_for_the_device_that_is_not_here(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An H200 has what the Hopper gates need; this machine only lends its TileLang."""
+    for name, value in {"TMA": "all", "WARP_SPECIALIZATION": "all", "PSIV_CACHE": "gmem_pool"}.items():
+        monkeypatch.setenv(f"FATHOM_{name}", value)
+    assert train(*HOPPER, *SMALLER) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    # 1024 tokens, 16 of 128 heads of 64, rank 4, two bytes, 14 layers.
+    assert f"psiv_cache │ {1024 * 16 * 64 * 4 * 2 * 14 / 2**30:.3f} GiB" in said
+    assert train(*HOPPER[:3], *SMALLER) == 78
+    assert "scan backend chunked has no stage gmem_pool" in capsys.readouterr().err
+    monkeypatch.setenv("FATHOM_SPLIT_SCAN", "on")
+    assert train(*HOPPER, *SMALLER) == 0
+    assert train(*HOPPER, *SMALLER, *ALONE, "--train.device_memory", "70GB") == 78
+    assert "bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--train.device_name", "Tesla", "--train.device_memory", "80GB"], "Tesla is not known to be"),
+        (["--train.precision", "fp32"], "computes in bf16"),
+        (["--model.mixer.d_state", "96"], "N=96, P=64, R=4, C=16; nearest"),
+    ],
+)
+def test_the_hopper_kernels_are_planned_where_they_can_run(
+    train: Train, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert train(*HOPPER, *SMALLER, *words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_unknown_backend_is_not_planned(train: Train, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train("--recipe", recipe, "--dry-run", "--train.mimo_backend", "tilelung") == 2
+    assert "unknown backend 'tilelung'" in capsys.readouterr().err

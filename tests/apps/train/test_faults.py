@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from apps.train import loop, save
+from apps.train import loop, save, snapshot
 from libs.flags.runlog import read_events
 
 Train = Callable[..., int]
@@ -139,8 +139,8 @@ def _full_disk_in_rust(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "fault"),
-    [("save_model", _full_disk), ("save_file", _full_disk_in_rust), ("commit", _full_disk)],
+    ("module", "name", "fault"),
+    [(snapshot, "save_model", _full_disk), (snapshot, "save_file", _full_disk_in_rust), (save, "commit", _full_disk)],
 )
 def test_a_full_disk_leaves_older_checkpoints_and_nothing_else(
     train: Train,
@@ -148,12 +148,13 @@ def test_a_full_disk_leaves_older_checkpoints_and_nothing_else(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    module: Any,
     name: str,
     fault: Callable[..., None],
 ) -> None:
     run = tmp_path / "run"
     assert train("--recipe", recipe, "--run-dir", run, "--train.stop_after", "3") == 75
-    monkeypatch.setattr(save, name, fault)
+    monkeypatch.setattr(module, name, fault)
     assert train("--resume", run) == 2
     assert "disk is full" in capsys.readouterr().err
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apps.train.config import OptimSection
-from apps.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from apps.train.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from libs.flags.errors import UserError
 from libs.model import HybridLM, preset
 
@@ -45,7 +45,7 @@ def test_adamw_is_the_formula() -> None:
         grad = torch.randn(2, 3, generator=torch.Generator().manual_seed(t)).double()
         rate = 0.1 / t
         model.weight.grad = grad.clone()
-        set_learning_rate(optimizer, rate)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = rate
         optimizer.step()
         m, v = 0.8 * m + 0.2 * grad, 0.9 * v + 0.1 * grad**2
         update = (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-6)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apps.train import evaluate, loop, save, start, step
+from apps.train import evaluate, loop, save, snapshot, start, step, writer
 from libs.flags.runlog import read_events
 from libs.flags.verify import verify_chain
 
@@ -78,8 +78,9 @@ def kill_in(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *, call: in
 
 
 def test_log_of_a_whole_run(whole: Path) -> None:
-    names = [event["event"] for event in read_events(whole)]
+    names = [event["event"] for event in read_events(whole) if event["event"] != "gate.exposed"]
     assert names[:4] == ["run.start", "config.resolved", "gates.resolved", "env.snapshot"]
+    assert names.count("kernel.selftest") == 1
     assert names[-1] == "run.stop"
     assert list(history(whole, "train.step")) == list(range(1, 9))
     assert list(history(whole, "eval.result")) == [0, 4, 8]
@@ -139,7 +140,7 @@ def test_killed_while_saving(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        kill_in(patch, save, "save_model", call=1, after=after)
+        kill_in(patch, snapshot, "save_model", call=1, after=after)
         assert train("--recipe", recipe, "--run-dir", run, "--checkpoint.every", "3") == 75
     assert [e["phase"] for e in read_events(run) if e["event"] == "signal.received"] == ["checkpoint"]
     assert save.committed_steps(run) == [3]
@@ -217,5 +218,6 @@ def test_the_number_of_threads_is_that_of_the_first_attempt(train: Train, recipe
 
 def test_loop_uses_the_functions_the_tests_interrupt() -> None:
     """The interruptions above patch names; they mean nothing if the loop calls others."""
-    assert loop.save_checkpoint is save.save_checkpoint
+    assert loop.CheckpointWriter is writer.CheckpointWriter
+    assert writer.save_checkpoint is save.save_checkpoint
     assert loop.validate is evaluate.validate

@@ -103,6 +103,25 @@ def test_the_rate_is_applied_and_the_clock_runs(precision: str) -> None:
     assert clock.seconds["optimizer"] > 0
 
 
+def test_one_process_is_plain_pytorch_bit_for_bit(lane: Lane) -> None:
+    """No exchange, no other order of sums: the engine adds nothing where there is one process."""
+    ours, plain, parts = HybridLM(config(mtp=True)), HybridLM(config(mtp=True)), [batch([20, 12], 5), batch([30], 6)]
+    optimizers = build_optimizer(ours, OptimSection()), build_optimizer(plain, OptimSection())
+    total = sum(int((part.labels >= 0).sum()) for part in parts)
+    for _ in range(3):
+        train_step(ours, optimizers[0], parts, rate=1e-2, clip_norm=0.5, lane=lane, clock=StepClock(lane.device))
+        optimizers[1].zero_grad()
+        for part in parts:
+            share = int((part.labels >= 0).sum()) / total
+            (plain.loss(part.tokens, part.labels, cu_seqlens=part.cu_seqlens).loss * share).backward()
+        norm = torch.nn.utils.get_total_norm(p.grad for p in plain.parameters() if p.grad is not None)
+        torch.nn.utils.clip_grads_with_norm_(plain.parameters(), 0.5, norm)
+        for group in optimizers[1].param_groups:
+            group["lr"] = 1e-2
+        optimizers[1].step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
+
+
 def test_a_nonfinite_loss_leaves_the_weights(lane: Lane) -> None:
     model, one = HybridLM(config(mtp=True)), batch([20, 12], 5)
     with torch.no_grad():

@@ -76,6 +76,22 @@ def test_one_query_over_a_cache() -> None:
         torch.testing.assert_close(attention(q[:, -1:], k, v, causal=False, backend=backend), full[:, -1:])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_queries_alone_give_what_all_give(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("libs.kernels.attention.sdpa.QUERY_BLOCK", 4)
+    q, k, v = operands(17, 4, 2, B=2)
+    weights = torch.arange(7.0 * 8).view(7, 1, 8)
+    full = attention(q, k, v, backend="reference")[:, -7:]
+    got = attention(q[:, -7:], k, v, backend=backend)
+    torch.testing.assert_close(got, full, rtol=1e-10, atol=1e-10)
+    for ours, want in zip(
+        torch.autograd.grad((got * weights).sum(), (q, k, v)),
+        torch.autograd.grad((full * weights).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, want, rtol=1e-10, atol=1e-10)
+
+
 def test_backend_choice_states_its_reason_and_never_falls_back() -> None:
     choice = choose_backend("auto", torch.device("cpu"))
     assert choice.value == "sdpa"
@@ -104,7 +120,9 @@ def test_refuses_shapes_that_do_not_fit() -> None:
     q, k, v = operands(11, 4, 2)
     with pytest.raises(ValueError, match=r"H % G == 0"):
         attention(q[:, :, :3], k, v)
+    with pytest.raises(ValueError, match="a key for every query"):
+        attention(q, k[:, :5], v[:, :5])
     with pytest.raises(ValueError, match="as many keys as queries"):
-        attention(q[:, :5], k, v)
+        attention(q[:, :5], k, v, cu_seqlens=[0, 5])
     with pytest.raises(ValueError, match="with B=2"):
         attention(*operands(11, 4, 2, B=2), cu_seqlens=[0, 11])

@@ -144,8 +144,8 @@ def test_refusals_show_the_value() -> None:
         linear_cross_entropy(hidden, weight.float(), labels)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         linear_cross_entropy(hidden, weight, labels, chunk_tokens=0)
-    with pytest.raises(ValueError, match="unknown backend 'liger'"):
-        linear_cross_entropy(hidden, weight, labels, backend="liger")
+    with pytest.raises(ValueError, match="unknown backend 'cutlass'"):
+        linear_cross_entropy(hidden, weight, labels, backend="cutlass")
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         linear_cross_entropy(hidden, weight, torch.full_like(labels, 6))
     assert choose_backend("auto", torch.device("cpu")).value == "chunked"

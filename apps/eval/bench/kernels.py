@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from apps.eval.bench.receipt import Aim
+from libs.kernels.mimo.sm90.autograd import plan_splits
 from libs.kernels.mimo.sm90.gates import KernelGates, Mode, Split
 from libs.kernels.mimo.sm90.inspect import MULTIPROCESSORS, THREADS_PER_SM, Facts, mismatches, tool_versions
 from libs.kernels.mimo.sm90.kernel_set import (
@@ -25,7 +26,6 @@ from libs.kernels.mimo.sm90.kernel_set import (
     grid,
     mode_of,
 )
-from libs.kernels.mimo.sm90.scan import plan_splits
 from libs.kernels.mimo.sm90.tiles import TileShape, allowed_spills
 
 SETTINGS: dict[str, KernelGates] = {

@@ -157,7 +157,7 @@ def _on_hopper(
     state: MimoState | None, cu_seqlens: Tensor | None, return_state: bool,
 ) -> MimoResult:  # fmt: skip
     # tilelang is an optional dependency, and takes seconds to import.
-    from libs.kernels.mimo.sm90.scan import mimo_sm90
+    from libs.kernels.mimo.sm90.autograd import mimo_sm90
 
     if inputs.v.is_cuda and inputs.v.dtype != torch.bfloat16:
         raise ValueError(f"backend 'tilelang' computes in bfloat16, V is {inputs.v.dtype}; use bf16 or 'chunked'")

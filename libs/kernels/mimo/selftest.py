@@ -199,12 +199,21 @@ def _of_backend(
             else _public(backend, geometry, leaves, bounds)
         )
         torch.autograd.backward(out, d_out.to(out.dtype))
+    if gates is not None:
+        _release(leaves["MIMO_V"])
     return {"out": out.detach()} | _grads(leaves)
+
+
+def _release(psi: Tensor) -> None:
+    """A layer-sized PsiV buffer for operands that are about to go would be memory lost to the run."""
+    from libs.kernels.mimo.sm90.psiv import POOL
+
+    POOL.release(psi)
 
 
 def _hopper(geometry: Geometry, operands: Mapping[str, Tensor], bounds: list[int], gates: KernelGates) -> Tensor:
     """With gates that need not be in force, and also on CPU tensors."""
-    from libs.kernels.mimo.sm90.scan import mimo_sm90
+    from libs.kernels.mimo.sm90.autograd import mimo_sm90
 
     given = {name.lower(): u for name, u in operands.items()}
     inputs = MimoInputs(**dict.fromkeys(MimoInputs._fields) | given)  # type: ignore[arg-type]

@@ -45,8 +45,8 @@ class Built(NamedTuple):
 
 def jobs_of(plan: CudaPlan, multiprocessors: int) -> tuple[Job, ...]:
     """Every kernel that the plan's checks and points will ask for, in that order, once each."""
+    from libs.kernels.mimo.sm90.autograd import plan_splits
     from libs.kernels.mimo.sm90.kernel_set import NAMES, mode_of, spec_of
-    from libs.kernels.mimo.sm90.scan import plan_splits
 
     wanted: list[tuple[Case, Shape, Setting]] = [
         (case, case.at(plan.check_tokens), setting) for case, setting in plan.checks

@@ -42,7 +42,7 @@ def op_call(operands: Operands, shape: Shape, chunk_size: int, gates: KernelGate
     Raises:
         UserError: a shape that is not in the tile table.
     """
-    from libs.kernels.mimo.sm90.scan import mimo_sm90
+    from libs.kernels.mimo.sm90.autograd import mimo_sm90
 
     q, k, v, adt, dt, trap, q_bias, k_bias, mimo_v, mimo_z, mimo_out, angles, d, z = operands
     inputs = MimoInputs(

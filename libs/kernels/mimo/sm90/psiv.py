@@ -90,6 +90,10 @@ class PsivPool:
                 "keeps PsiV; run backward before the next forward, or set psiv_cache to off or python_precompute"
             )
 
+    def release(self, psi: Tensor) -> None:
+        """Give back the buffer of a weight that no forward will use again, if it has one."""
+        self._slots.pop((psi.data_ptr(), psi.device), None)
+
     @property
     def bytes(self) -> int:
         """What all buffers take."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from libs.kernels.mimo import MimoInputs, MimoState, mamba3_mimo
 from libs.kernels.mimo.shapes import MimoResult, check_inputs
-from libs.kernels.mimo.sm90 import launch, scan
+from libs.kernels.mimo.sm90 import autograd, launch
 from libs.kernels.mimo.sm90.dialect import CpuDialect
 from libs.kernels.mimo.sm90.forward import Forward, scan_forward
 from libs.kernels.mimo.sm90.gates import KernelGates
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
     op: KernelOperands
     doc: Tensor | None
-    how: scan.How
+    how: autograd.How
     out: Tensor
     h_end: Tensor
 
@@ -49,7 +49,7 @@ def cpu_runs(dialect: CpuDialect, flags: Sequence[str] = launch.CPU_FLAGS, split
         patch.setattr(launch, "cpu_dialect", lambda precision: dialect)
         patch.setattr(launch, "CPU_FLAGS", tuple(flags))
         if splits is not None:
-            patch.setattr(scan, "plan_splits", lambda *_: splits)
+            patch.setattr(autograd, "plan_splits", lambda *_: splits)
         yield
 
 
@@ -60,7 +60,7 @@ def call_kernels(
     """`mimo_sm90` on operands by their public names."""
     inputs = MimoInputs(**{ours: tensors[public] for ours, public in NAMES.items()})
     dims = check_inputs(inputs, shape.divisor)
-    return scan.mimo_sm90(
+    return autograd.mimo_sm90(
         inputs, dims, C, shape.divisor, 1e-5, state, bounds, gates=gates, return_state=return_state
     )  # fmt: skip
 
@@ -76,11 +76,11 @@ def scan_case(shape: Shape, C: int, bounds: list[int] | None = None, seed: int =
         raise _Recorded
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan, "_scan_op", record)
+        patch.setattr(autograd, "_scan_op", record)
         with pytest.raises(_Recorded):
             call_kernels(tensors, shape, C, bounds, state)
     count = len(KernelOperands._fields)
-    op, doc, how = KernelOperands(*seen[0][:count]), seen[0][count], scan.How(*seen[0][count + 1 :])
+    op, doc, how = KernelOperands(*seen[0][:count]), seen[0][count], autograd.How(*seen[0][count + 1 :])
     cu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
     out, end = mamba3_mimo(
         **tensors, chunk_size=C, rotary_dim_divisor=shape.divisor, dtype=torch.float64, return_state=True,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from libs.kernels.mimo import api, choose_backend, mamba3_mimo, shapes
-from libs.kernels.mimo.sm90 import scan
+from libs.kernels.mimo.sm90 import autograd
 from libs.kernels.mimo.sm90.dialect import CpuDialect
 from libs.kernels.mimo.sm90.gates import KernelGates
 from libs.kernels.mimo.sm90.launch import compiled
@@ -110,14 +110,14 @@ def test_compiled_with_documents_from_a_tensor_does_not_compile_again() -> None:
 def test_the_op_passes_the_checks_of_torch() -> None:
     """Schema, fake kernels, autograd registration and tracing."""
     seen: list[tuple] = []
-    original = scan._scan_op
+    original = autograd._scan_op
 
     def spy(*arguments):
         seen.append(arguments)
         return original(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan, "_scan_op", spy)
+        patch.setattr(autograd, "_scan_op", spy)
         call_kernels(operands(FULL), FULL, CHUNK, gates=KernelGates(psiv="python_precompute"))
     arguments = tuple(u.requires_grad_() if isinstance(u, Tensor) else u for u in seen[0])
     torch.library.opcheck(
@@ -128,7 +128,7 @@ def test_the_op_passes_the_checks_of_torch() -> None:
 def test_saved_tensors_are_read_once() -> None:
     """Under activation checkpointing every read would run the forward again."""
     runs = 0
-    original = scan.scan_forward
+    original = autograd.scan_forward
 
     def counting(*arguments):
         nonlocal runs
@@ -136,7 +136,7 @@ def test_saved_tensors_are_read_once() -> None:
         return original(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan, "scan_forward", counting)
+        patch.setattr(autograd, "scan_forward", counting)
         _grads(_checkpointed)
     assert runs == 2
 
@@ -169,16 +169,16 @@ def test_only_one_output_used() -> None:
 ])  # fmt: skip
 def test_how_often_a_sequence_is_split(split: str, batch_heads: int, want: int) -> None:
     """The smallest count that gives each of 132 multiprocessors a block."""
-    assert scan.plan_splits(split, batch_heads, 132) == want
+    assert autograd.plan_splits(split, batch_heads, 132) == want
 
 
 @pytest.mark.parametrize("cu", [None, DOCUMENTS])
 def test_split_auto_pads_to_whole_splits(cu: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """7 chunks on 8 multiprocessors with 2 blocks: 4 splits of 2 chunks, one of them empty."""
-    monkeypatch.setattr(scan, "MULTIPROCESSORS", 8)
+    monkeypatch.setattr(autograd, "MULTIPROCESSORS", 8)
     asked = []
-    original = scan.plan_splits
-    monkeypatch.setattr(scan, "plan_splits", lambda *a: asked.append(original(*a)) or asked[-1])
+    original = autograd.plan_splits
+    monkeypatch.setattr(autograd, "plan_splits", lambda *a: asked.append(original(*a)) or asked[-1])
     tensors = operands(PACKED)
     out, final = call_kernels(tensors, PACKED, CHUNK, cu and list(cu), gates=KernelGates(split_scan="auto"))
     want, want_final = _oracle(tensors, PACKED, cu)
@@ -205,7 +205,7 @@ def test_a_changed_document_leaves_every_bit_of_the_others() -> None:
 def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The public entry, allowed to take the kernels here."""
     monkeypatch.setattr(api, "BACKENDS", {**api.BACKENDS, "tilelang": lambda device_type: None})
-    monkeypatch.setattr(scan.KernelGates, "from_installed", classmethod(lambda cls: cls()))
+    monkeypatch.setattr(autograd.KernelGates, "from_installed", classmethod(lambda cls: cls()))
 
 
 def _public(tensors, cu=None, **options):

@@ -65,8 +65,18 @@ def audit_path(run_dir: Path, rank: int = 0) -> Path:
 
 def record_hash(record: dict[str, Any]) -> str:
     """SHA-256(prev || canonical JSON of the record without its hash)."""
-    body = {name: value for name, value in record.items() if name != "hash"}
-    return sha256_hex(str(record["prev"]).encode("utf-8") + canonical_json(body))
+    return sealed(record)[0]
+
+
+def sealed(record: dict[str, Any]) -> tuple[str, bytes]:
+    """The hash that the record must have, and the bytes of its line with the hash that it states.
+
+    The line is the canonical JSON of the whole record, put together from that of the hashed part: "hash" stands before
+    "prev", which no text inside a string can be taken for, because its quotes would be escaped.
+    """
+    body = canonical_json({name: value for name, value in record.items() if name != "hash"})
+    stated = b'"hash":' + canonical_json(record.get("hash")) + b',"prev":'
+    return sha256_hex(str(record["prev"]).encode("utf-8") + body), body.replace(b'"prev":', stated, 1)
 
 
 def read_audit(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The gates of fathom. libs/flags/README.md shows the same table, and a test compares the two.
+"""The gates of fathom. `fathom docs` makes the table in libs/flags/README.md of them.
 
 Not a place for mechanism: a gate is data, plus the rules that are only its own.
 """
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from libs.flags.facts import Facts
 from libs.flags.preconditions import capability, fact_true, needs, on_device, package
+from libs.flags.promotions import raised, read_promotions
 from libs.flags.registry import Dependency, GateSpec, GateValue, Kind, Stage, build_catalog
 
 _SINCE = "0.1.0"
@@ -91,6 +92,18 @@ def _fp8_recipe(_value: GateValue, facts: Facts) -> str | None:
 
 
 @needs(
+    "model.te_linears",
+    "a model of transformer-engine's linears",
+    "leave the gate off: infra/decisions/0014-fp8-param-gather-stays-a-scaffold.md says what such a model needs",
+)
+def _te_linears(_value: GateValue, facts: Facts) -> str | None:
+    if facts.te_linears:
+        return None
+    found = "unknown here" if facts.te_linears is None else "it has none, and fp32 parameters"
+    return f"needs a model of transformer-engine's linears: {found}"
+
+
+@needs(
     "selftest.liger",
     "a passed self-test of the per-token gradients with non-uniform weights",
     "install a version that passes it, or leave the gate off",
@@ -141,7 +154,7 @@ _ANY_LATER_TE = package("transformer-engine", "2.9")._replace(
     name="package.transformer-engine.untried", values=("on_untried_te",)
 )
 
-CATALOG: Mapping[str, GateSpec] = build_catalog(
+_DECLARED = build_catalog(
     [
         GateSpec(
             name="tma",
@@ -229,6 +242,7 @@ CATALOG: Mapping[str, GateSpec] = build_catalog(
                 fact_true("distributed_optimizer", "the megatron distributed optimizer", "use that optimizer"),
                 fact_true("bf16", "bf16 training", "train in bf16"),
                 _fp8_recipe,
+                _te_linears,
             ),
         ),
         GateSpec(
@@ -289,7 +303,7 @@ CATALOG: Mapping[str, GateSpec] = build_catalog(
             name="prefix_cache",
             kind=Kind.ENUM,
             values=("off", "memory_only", "snapshots"),
-            stage=Stage.SCAFFOLD,
+            stage=Stage.EXPERIMENTAL,
             since=_SINCE,
             expiry=_EXPIRY,
             owner="inference",
@@ -300,7 +314,7 @@ CATALOG: Mapping[str, GateSpec] = build_catalog(
             name="mtp_speculation",
             kind=Kind.BOOL,
             values=("off", "on"),
-            stage=Stage.SCAFFOLD,
+            stage=Stage.EXPERIMENTAL,
             since=_SINCE,
             expiry=_EXPIRY,
             owner="inference",
@@ -309,3 +323,5 @@ CATALOG: Mapping[str, GateSpec] = build_catalog(
         ),
     ]
 )
+
+CATALOG: Mapping[str, GateSpec] = build_catalog(raised(_DECLARED.values(), read_promotions()))

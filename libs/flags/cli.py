@@ -20,11 +20,16 @@ from libs.flags.catalog import CATALOG
 from libs.flags.environment import fathom_variables
 from libs.flags.errors import ExitStatus, GateRefused, UserError
 from libs.flags.facts import Facts
+from libs.flags.fleet_cli import add_index_options, exit_status, indexed_runs
 from libs.flags.logcheck import check_log
+from libs.flags.promotions import promote
 from libs.flags.registry import GateSpec
 from libs.flags.resolve import resolve
-from libs.flags.runs import RUNS, RunGates, as_json, find_run, list_runs, ranks, run_gates, verify_run
+from libs.flags.runs import RunGates, as_json, find_run, ranks, run_gates, verify_run
 from libs.flags.verify import VerifyResult
+
+# What `history` tells of a run: its gates, and what became of them on resume.
+_HISTORY = {"run", "started", "attempts", "gates", "unknown", "changes", "problem"}
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -120,24 +125,24 @@ def _verified_gates(run: Path) -> RunGates:
 
 
 def _history(options: argparse.Namespace) -> int:
-    folder = Path(options.runs_dir)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a directory of runs")
     if options.gate is not None and options.gate not in CATALOG:
         raise UserError.unknown("gate", options.gate, CATALOG)
-    rows: list[dict[str, Any]] = []
-    for run in list_runs(folder):
-        try:
-            rows.append(as_json(_verified_gates(run)) | {"problem": None})
-        except UserError as error:
-            # One unreadable run must not hide the others, and must not look like a run with its gates off.
-            empty = RunGates(run.name, None, (), {}, ())
-            rows.append(as_json(empty) | {"problem": str(error)})
+    found = indexed_runs(Path(options.runs_dir), rebuild=options.rebuild)
+    # One run that cannot be read must not hide the others, and must not look like a run with its gates off.
+    rows = [run.model_dump(mode="json", include=_HISTORY) for run in found]
     _show(options, rows, lambda: views.history(rows, options.gate))
-    bad = [row for row in rows if row["problem"]]
-    if bad:
-        print(f"error: {len(bad)} of {len(rows)} runs cannot be trusted: {bad[0]['problem']}", file=sys.stderr)
-        return ExitStatus.USAGE
+    return exit_status(found, len(found))
+
+
+def _promote(options: argparse.Namespace) -> int:
+    name, equals, value = options.gate.partition("=")
+    spec = CATALOG.get(name.lower().removeprefix("fathom_"))
+    if spec is None:
+        raise UserError.unknown("gate", name, CATALOG)
+    done = promote(spec, value if equals else None, Path(options.receipt))
+    said = f"{done.gate}={done.value} is measured, by {done.receipt}; commit libs/flags/promotions.json with it"
+    table = "the gate table of libs/flags/README.md changes too: renew it with `fathom docs`"
+    _show(options, done.model_dump(), lambda: print(f"{said}\n{table}"))
     return ExitStatus.OK
 
 
@@ -181,7 +186,8 @@ def _show(options: argparse.Namespace, value: Any, human: Callable[[], None]) ->
         human()
 
 
-def _flags_parser() -> argparse.ArgumentParser:
+def flags_parser() -> argparse.ArgumentParser:
+    """The options of `fathom flags`."""
     parser = argparse.ArgumentParser("fathom flags", description="Gates and their records.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -211,12 +217,16 @@ def _flags_parser() -> argparse.ArgumentParser:
     diff.add_argument("run_a", metavar="RUN_A")
     diff.add_argument("run_b", metavar="RUN_B")
     history = command("history", _history, "which runs had which gate active, refused or off")
-    history.add_argument("runs_dir", metavar="RUNS_DIR", nargs="?", default=str(RUNS))
+    add_index_options(history)
     history.add_argument("--gate", metavar="GATE", help="only this gate")
+    rise = command("promote", _promote, "raise a value of a gate to `measured`, by a receipt of the whole step")
+    rise.add_argument("gate", metavar="GATE[=VALUE]")
+    rise.add_argument("--receipt", required=True, metavar="PATH", help="infra/receipts/.../receipt.json")
     return parser
 
 
-def _log_parser() -> argparse.ArgumentParser:
+def log_parser() -> argparse.ArgumentParser:
+    """The options of `fathom log`."""
     parser = argparse.ArgumentParser("fathom log", description="The run log.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     text = "apply the rules of the run log; exit 1 if one is broken"
@@ -229,13 +239,13 @@ def _log_parser() -> argparse.ArgumentParser:
 
 def main_flags(argv: Sequence[str] | None = None) -> int:
     """`fathom flags ...`."""
-    options = _flags_parser().parse_args(argv)
+    options = flags_parser().parse_args(argv)
     handler: Callable[[argparse.Namespace], int] = options.handler
     return handler(options)
 
 
 def main_log(argv: Sequence[str] | None = None) -> int:
     """`fathom log check RUN`."""
-    options = _log_parser().parse_args(argv)
+    options = log_parser().parse_args(argv)
     handler: Callable[[argparse.Namespace], int] = options.handler
     return handler(options)

@@ -1,4 +1,4 @@
-"""The only reader of the process environment in fathom: gate and config variables, torchrun's, an allow-list.
+"""The only place that reads or sets the process environment: gate and config variables, torchrun's, an allow-list.
 
 Not for meaning: `resolve` turns the gate variables into gates, apps.train validates its own overrides.
 """
@@ -18,6 +18,7 @@ CONFIG_PREFIX = "FATHOM_TRAIN__"
 
 # What a snapshot may show beside the FATHOM_ variables. A name not listed here is never read into a record.
 ALLOWED = (
+    "CPU_NUM_DEVICES",
     "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_DEVICE_MAX_CONNECTIONS",
     "CUDA_LAUNCH_BLOCKING",
@@ -54,15 +55,35 @@ _SECRET = re.compile(
 REDACTED = "[redacted]"
 
 
+def choose_xla_platform(platform: str, devices: int) -> None:
+    """Tell torch_xla, before it is first imported, which runtime to open: "TPU", or "CPU" as `devices` virtual ones.
+
+    Variables that are set already stay: they are the machine's own.
+    """
+    os.environ.setdefault("PJRT_DEVICE", platform)
+    if platform == "CPU":
+        os.environ.setdefault("CPU_NUM_DEVICES", str(devices))
+
+
+def compile_without_a_tpu() -> None:
+    """Let libtpu compile on a host without a TPU: no metadata server is asked, and jax itself stays on the CPU."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
 class Launch(NamedTuple):
     """This process among its peers. attempt: how often torchrun has restarted the group (0 at first). job: the name
-    torchrun gives all attempts of a job, "" without one."""
+    torchrun gives all attempts of a job, "" without one. max_restarts: how often torchrun may restart the group.
+    several_machines: not all processes are on this one."""
 
     rank: int
     local_rank: int
     world_size: int
     attempt: int
     job: str = ""
+    max_restarts: int = 0
+    several_machines: bool = False
 
 
 def names_a_secret(name: str) -> bool:
@@ -73,6 +94,12 @@ def names_a_secret(name: str) -> bool:
 def fathom_variables() -> dict[str, str]:
     """Every variable whose name begins with FATHOM_ in any case: gates, config overrides, misspellings."""
     return {name: value for name, value in sorted(os.environ.items()) if name.upper().startswith(PREFIX)}
+
+
+def child_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a child process: this one's, with exactly these FATHOM_ variables."""
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
+    return kept | dict(variables)
 
 
 def allowed_variables() -> dict[str, str]:
@@ -109,7 +136,9 @@ def parse_launch(environ: Mapping[str, str]) -> Launch:
     rank, local_rank, world_size = (_whole(environ, name) for name in needed)
     if not (rank < world_size and local_rank < world_size):
         raise UserError(f"RANK={rank}, LOCAL_RANK={local_rank} do not fit WORLD_SIZE={world_size} (ranks count from 0)")
-    return Launch(rank, local_rank, world_size, attempt, job)
+    max_restarts = _whole(environ, "TORCHELASTIC_MAX_RESTARTS", default=0)
+    several_machines = _whole(environ, "LOCAL_WORLD_SIZE", default=world_size) < world_size
+    return Launch(rank, local_rank, world_size, attempt, job, max_restarts, several_machines)
 
 
 def _whole(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

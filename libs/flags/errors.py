@@ -25,6 +25,21 @@ class ExitStatus(IntEnum):
     REQUEUE = 75
     GATE_REFUSED = 78
 
+    @property
+    def meaning(self) -> str:
+        """In a few words, for a person."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    ExitStatus.OK: "done",
+    ExitStatus.FAILURE: "a check found something, or anything that has no status of its own",
+    ExitStatus.USAGE: "unusable input; stderr says what is wrong and what to do",
+    ExitStatus.NONFINITE: "loss or gradient not finite",
+    ExitStatus.REQUEUE: "interrupted and saved: start again with --resume",
+    ExitStatus.GATE_REFUSED: "a gate was refused, or the run cannot be what was asked for",
+}
+
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to `name`, upper and lower case alike, or None when nothing is close."""

@@ -31,7 +31,8 @@ class Facts(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    device: Literal["cpu", "cuda", "tpu"] = "cpu"
+    # xla: torch_xla on a CPU, which can do what a TPU does but for its kernels.
+    device: Literal["cpu", "cuda", "tpu", "xla"] = "cpu"
     device_name: str | None = None
     compute_capability: tuple[int, int] | None = None
     device_count: int | None = None
@@ -53,6 +54,7 @@ class Facts(BaseModel):
     bf16: bool | None = None
     distributed_optimizer: bool | None = None
     fp8_recipe: str | None = None
+    te_linears: int | None = None
     liger_selftest: bool | None = None
     liger_selftest_detail: str | None = None
     tensor_parallel: int | None = None

@@ -40,8 +40,8 @@ def package(name: str, at_least: str | None = None, below: str | None = None) ->
         have = facts.packages.get(name)
         if have is None:
             return f"needs {wanted}, which is not installed"
-        low = at_least is None or _release(have) >= _release(at_least)
-        high = below is None or _release(have) < _release(below)
+        low = at_least is None or release(have) >= release(at_least)
+        high = below is None or release(have) < release(below)
         return None if low and high else f"needs {wanted}, found {have}"
 
     return Precondition(f"package.{name}", wanted, f"install {wanted}", check)
@@ -74,7 +74,7 @@ def needs(
     return make
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
     """The numbers before any suffix, without closing zeros: "2.9.0a0" -> (2, 9)."""
     match = re.match(r"\d+(\.\d+)*", version)
     assert match is not None, f"not a version: {version!r}"

@@ -34,7 +34,7 @@ class Stage(StrEnum):
     RETIRED = "retired"
 
 
-_RISE = (Stage.SCAFFOLD, Stage.EXPERIMENTAL, Stage.MEASURED, Stage.DEFAULT_ON, Stage.LOCKED)
+RISE = (Stage.SCAFFOLD, Stage.EXPERIMENTAL, Stage.MEASURED, Stage.DEFAULT_ON, Stage.LOCKED)
 NEEDS_EVIDENCE = frozenset({Stage.MEASURED, Stage.DEFAULT_ON, Stage.LOCKED})
 _ON_BY_DEFAULT = frozenset({Stage.DEFAULT_ON, Stage.LOCKED})
 
@@ -141,7 +141,7 @@ class GateSpec(BaseModel):
             raise ValueError(f"{self.name}: a gate expires unless it is retired or locked")
         if self.value_stages:
             stages = [self.stage_of(value) for value in self.values[1:]]
-            if any(stage not in _RISE for stage in stages) or max(stages, key=_RISE.index) is not self.stage:
+            if any(stage not in RISE for stage in stages) or max(stages, key=RISE.index) is not self.stage:
                 raise ValueError(f"{self.name}: stage {self.stage} is not the highest of its values' stages")
         return self
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, MutableMapping
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic_core import from_json
 
 from libs.flags.append_file import AppendFile, read_lines
 from libs.flags.canonical import utc_now
@@ -147,15 +149,20 @@ def _refuse_other_run(path: Path, run_id: str) -> None:
     for line in read_lines(path):
         if line.torn:
             return
-        found = _decode(path, line.number, line.content).get("run_id")
+        found = decode_line(path, line.number, line.content).get("run_id")
         if found != run_id:
             raise UserError(f"{path} is the log of run {found!r}, not of {run_id!r}: choose another one")
         return
 
 
-def _decode(path: Path, number: int, content: bytes) -> dict[str, Any]:
+def decode_line(path: Path, number: int, content: bytes) -> dict[str, Any]:
+    """One whole line of a log.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
     try:
-        record = json.loads(content)
+        record = from_json(content)
     except ValueError as error:
         raise UserError(f"{path} line {number} is not JSON ({error}); see `fathom log check`") from error
     if not isinstance(record, dict):
@@ -174,7 +181,7 @@ def read_events(run_dir: Path, *, rank: int = 0) -> Iterator[dict[str, Any]]:
         raise UserError(f"no run log at {path}: not a run directory, or rank {rank} wrote nothing")
     for line in read_lines(path):
         if not line.torn:
-            yield _decode(path, line.number, line.content)
+            yield decode_line(path, line.number, line.content)
 
 
 def parse_record(record: dict[str, Any]) -> Parsed:
@@ -189,6 +196,20 @@ def parse_record(record: dict[str, Any]) -> Parsed:
         raise UserError.unknown("event", envelope.event, EVENTS)
     payload = {name: value for name, value in record.items() if name not in ENVELOPE_FIELDS}
     return Parsed(envelope, model.model_validate(payload, strict=True))
+
+
+def parse_line(record: dict[str, Any]) -> Parsed:
+    """As `parse_record`, in half of its time: envelope and event are one object, of a class that is both."""
+    event = record.get("event")
+    if not isinstance(event, str) or event not in EVENTS:
+        return parse_record(record)  # which says what is wrong
+    line: Any = _line_model(event).model_validate(record, strict=True)
+    return Parsed(line, line)
+
+
+@cache
+def _line_model(event: str) -> type[BaseModel]:
+    return type(f"{EVENTS[event].__name__}Line", (EVENTS[event], Envelope), {"__module__": __name__})
 
 
 def next_attempt(run_dir: Path, *, rank: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""Reading runs back: finding a run directory, its ranks, its anchors, and which gates it had.
+"""Reading runs back: finding a run directory, its ranks, the verdict on its chains, and which gates it had.
 
 Not for writing one, and not for judging the run log (see `logcheck`).
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ from libs.flags.audit_record import Anchor, audit_path, read_audit
 from libs.flags.errors import UserError, nearest
 from libs.flags.registry import GateValue
 from libs.flags.runlog import log_path, read_events
-from libs.flags.verify import VerifyResult, verify_chain
+from libs.flags.verify import VerifyResult, verify_records
+from libs.flags.witness import LogDigest, read_digest
 
 RUNS = Path("runs")
 _RANK_FILE = re.compile(r"rank(\d{5})\.jsonl")
@@ -94,50 +95,94 @@ def run_id(run: Path, rank: int) -> str | None:
     return None
 
 
-def collect_anchors(run: Path, rank: int = 0) -> dict[str, Anchor]:
-    """Where an anchor was found -> the anchor: the run log of this rank and, for rank 0, the checkpoints."""
+def checkpoint_anchors(run: Path) -> dict[str, Anchor]:
+    """Checkpoint -> the anchor of rank 0's chain in it. Only a committed checkpoint vouches for anything.
+
+    Raises:
+        UserError: the state of a committed checkpoint cannot be read.
+    """
     found: dict[str, Anchor] = {}
-    if log_path(run, rank).is_file():
-        for number, record in enumerate(read_events(run, rank=rank), start=1):
-            text = record.get("audit_anchor")
+    for state in sorted((run / "checkpoints").glob("*/trainer.json")):
+        if (state.parent / "COMMITTED").exists():
+            try:
+                text = json.loads(state.read_bytes()).get("audit_anchor")
+            except (ValueError, AttributeError) as error:
+                raise UserError(f"{state} is not readable: {error}") from error
             if text is not None:
-                found[f"run log line {number} ({record.get('event')})"] = Anchor.parse(str(text))
-    if rank == 0:
-        for state in sorted((run / "checkpoints").glob("*/trainer.json")):
-            # Only a committed checkpoint vouches for anything.
-            if (state.parent / "COMMITTED").exists():
-                found |= {f"checkpoint {state.parent.name}": anchor for anchor in _checkpoint_anchor(state)}
+                found[f"checkpoint {state.parent.name}"] = Anchor.parse(str(text))
     return found
 
 
-def _checkpoint_anchor(state: Path) -> Iterable[Anchor]:
-    try:
-        text = json.loads(state.read_bytes()).get("audit_anchor")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{state} is not readable: {error}") from error
-    return [] if text is None else [Anchor.parse(str(text))]
+class RankRecords(NamedTuple):
+    """The chain of one rank: the verdict, the records that hold, and the log it was judged against."""
+
+    verdict: VerifyResult
+    records: list[dict[str, Any]]
+    log: LogDigest
+
+
+def read_rank(run: Path, rank: int, extra: Iterable[Anchor] = ()) -> RankRecords:
+    """Judge the chain of one rank by itself, by every anchor found, and by what the run log tells of it.
+
+    A tail cut after the last anchor shows when the log tells of a record that is gone; a record put after the end
+    shows because nothing is written once the log says run.stop. extra: anchors of rank 0 kept elsewhere.
+    """
+    log = read_digest(run, rank)
+    anchors = [*log.anchors().values(), *((*checkpoint_anchors(run).values(), *extra) if rank == 0 else ())]
+    path = audit_path(run, rank)
+    verdict, records = verify_records(path, anchors, run_id=log.run_id, rank=rank)
+    if verdict.status != "tampered" and path.is_file():
+        verdict = _cut_tail(verdict, records, log) or _beyond_the_end(verdict, run, rank, log) or verdict
+    return RankRecords(verdict, records, log)
+
+
+def _cut_tail(verdict: VerifyResult, records: Sequence[Mapping[str, Any]], log: LogDigest) -> VerifyResult | None:
+    held = {(record["attempt"], record["event"], record["gate"]) for record in records}
+    for told in log.told():
+        if told not in held:
+            what = f"{told.event} of gate {told.gate} in attempt {told.attempt}"
+            problem = f"the run log tells of {what}, which is not among the {len(records)} records that are left"
+            return verdict._replace(status="tampered", kind="truncate", first_bad=len(records), problem=problem)
+    return None
+
+
+def _beyond_the_end(verdict: VerifyResult, run: Path, rank: int, log: LogDigest) -> VerifyResult | None:
+    end = log.end()
+    if end is None or verdict.anchor.length <= end.length:
+        return None
+    if read_digest(run, rank).end() != end:
+        return None  # a new attempt has begun while this one was read
+    problem = f"it follows the end: run.stop, the last event of the run log, attests {end.length} records"
+    return verdict._replace(status="tampered", kind="insert", first_bad=end.length, problem=problem)
 
 
 def verify_run(run: Path, extra: Iterable[Anchor] = ()) -> dict[int, VerifyResult]:
-    """Rank -> the verdict on its chain, against every anchor found. extra: anchors for rank 0 kept elsewhere.
+    """Rank -> the verdict on its chain (see `read_rank`).
 
     Raises:
         UserError: the run has no audit chain at all and nothing says that it had one.
     """
-    results: dict[int, VerifyResult] = {}
-    for rank in ranks(run):
-        anchors = set(collect_anchors(run, rank).values()) | (set(extra) if rank == 0 else set())
-        results[rank] = verify_chain(audit_path(run, rank), anchors, run_id=run_id(run, rank), rank=rank)
+    kept = list(extra)
+    results = {rank: read_rank(run, rank, kept).verdict for rank in ranks(run)}
+    refuse_no_chain(run, results)
+    return results
+
+
+def refuse_no_chain(run: Path, results: Mapping[int, VerifyResult]) -> None:
+    """Raise UserError where no rank has a chain and no verdict tells that one is missing."""
     if not any(audit_path(run, rank).is_file() for rank in results) and all(
         result.status != "tampered" for result in results.values()
     ):
         raise UserError(f"{run} has no audit chain (audit/rank00000.jsonl)")
-    return results
 
 
 def run_gates(run: Path) -> RunGates:
     """The gates of a run, as rank 0's audit chain has them (unverified: see `verify_run`)."""
-    records = read_audit(audit_path(run))
+    return gates_of(run.name, read_audit(audit_path(run)))
+
+
+def gates_of(name: str, records: Sequence[Mapping[str, Any]]) -> RunGates:
+    """The gates of the run of that name, given the records of rank 0."""
     found: dict[str, dict[tuple[str, str], RunGate]] = {}
     current: dict[str, tuple[str, str]] = {}
     attempts: dict[int, None] = {}
@@ -157,7 +202,7 @@ def run_gates(run: Path) -> RunGates:
             found[gate][current[gate]] = found[gate][current[gate]]._replace(exposed=True)
     started = str(records[0]["ts"]) if records else None
     gates = {gate: tuple(entries.values()) for gate, entries in found.items()}
-    return RunGates(run.name, started, tuple(attempts), gates, tuple(unknown))
+    return RunGates(name, started, tuple(attempts), gates, tuple(unknown))
 
 
 def as_json(gates: RunGates) -> dict[str, Any]:

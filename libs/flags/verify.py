@@ -6,13 +6,14 @@ Not for reading records (see `audit_record`). Without anchors a cut tail cannot 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from pydantic_core import from_json
+
 from libs.flags.append_file import Line, read_lines
-from libs.flags.audit_record import FIELDS, GENESIS, Anchor, record_hash
-from libs.flags.canonical import canonical_json
+from libs.flags.audit_record import FIELDS, GENESIS, Anchor, sealed
 
 Kind = Literal["edit", "delete", "insert", "reorder", "truncate", "missing"]
 # Keys are sorted on disk, so every record begins like this, and so does what a crash leaves of one.
@@ -56,33 +57,43 @@ def verify_chain(
 
     A missing file is intact only when no anchor speaks of it.
     """
+    return verify_records(path, anchors, run_id=run_id, rank=rank)[0]
+
+
+def verify_records(
+    path: Path, anchors: Iterable[Anchor] = (), *, run_id: str | None = None, rank: int | None = None
+) -> tuple[VerifyResult, list[dict[str, Any]]]:
+    """As `verify_chain`, with the records that hold: all of them, or those before the first bad one."""
     known = sorted(set(anchors), key=lambda anchor: anchor.length)
+    records: list[dict[str, Any]] = []
     if not path.is_file():
         if any(anchor.length for anchor in known):
             problem = f"{path} does not exist, but an anchor attests {known[-1].length} records"
-            return VerifyResult("tampered", Anchor(GENESIS, 0), 0, 0, "missing", 0, problem)
-        return VerifyResult("intact", Anchor(GENESIS, 0), len(known))
+            return VerifyResult("tampered", Anchor(GENESIS, 0), 0, 0, "missing", 0, problem), records
+        return VerifyResult("intact", Anchor(GENESIS, 0), len(known)), records
     lines = list(read_lines(path))
     torn = lines.pop() if lines and lines[-1].torn else None
     heads: list[str] = [GENESIS]
     try:
-        _walk(lines, heads, known, run_id, rank)
+        for record in _walk(lines, heads, known, run_id, rank):
+            records.append(record)
         if torn is not None:
             _judge_torn(torn, heads[-1])
         _check_anchors(heads, known)
     except _Bad as bad:
-        anchor = Anchor(heads[-1], len(heads) - 1)
-        return VerifyResult("tampered", anchor, 0, 0, bad.kind, bad.first_bad, bad.problem)
+        holds = min(bad.first_bad, len(heads) - 1)
+        anchor = Anchor(heads[holds], holds)
+        return VerifyResult("tampered", anchor, 0, 0, bad.kind, bad.first_bad, bad.problem), records[:holds]
     anchor = Anchor(heads[-1], len(heads) - 1)
     if torn is not None:
-        return VerifyResult("torn", anchor, len(known), len(torn.content))
-    return VerifyResult("intact", anchor, len(known))
+        return VerifyResult("torn", anchor, len(known), len(torn.content)), records
+    return VerifyResult("intact", anchor, len(known)), records
 
 
 def _walk(
     lines: Sequence[Line], heads: list[str], known: Sequence[Anchor], run_id: str | None, rank: int | None
-) -> None:
-    """Follow the chain, adding each good record's hash to `heads`."""
+) -> Iterator[dict[str, Any]]:
+    """Follow the chain: yield each good record, its hash added to `heads`."""
     for index, line in enumerate(lines):
         record = _record(line.content, index)
         if record["prev"] != heads[-1] or record["seq"] != index:
@@ -91,24 +102,25 @@ def _walk(
             whose = f"run {record['run_id']!r} rank {record['rank']}"
             raise _Bad("insert", index, f"it belongs to {whose}, not to run {run_id!r} rank {rank}")
         heads.append(record["hash"])
+        yield record
 
 
 def _record(content: bytes, index: int) -> dict[str, Any]:
     """The record of a line, if the line is byte for byte what its hash covers."""
     try:
-        record = json.loads(content)
+        record = from_json(content)
     except (ValueError, RecursionError) as error:
         raise _Bad("edit", index, f"not JSON ({error})") from error
     if not isinstance(record, dict) or set(record) != set(FIELDS):
         raise _Bad("edit", index, "not the fields of an audit record")
     try:
-        stated = record_hash(record) == record["hash"]
+        digest, line = sealed(record)
     except ValueError as error:
         raise _Bad("edit", index, f"not a value that was ever written ({error})") from error
-    if not stated:
+    if digest != record["hash"]:
         raise _Bad("edit", index, "its content does not have the hash it states")
     # Equal content in other bytes: spaces, an escaped letter, a key given twice.
-    if canonical_json(record) != content:
+    if line != content:
         raise _Bad("edit", index, "its bytes are not those that were written")
     return record
 
@@ -120,6 +132,11 @@ def _explain(
     others = [_plain(line.content) for line in lines]
     if record["hash"] in heads:
         raise _Bad("insert", index, f"a copy of record {heads.index(record['hash']) - 1}")
+    if index and record["seq"] == index - 1 and record["prev"] == heads[-2]:
+        # Two records in one place: the genuine one is that which the rest follows, or an anchor attests.
+        followed = any(other.get("prev") == record["hash"] for other in others[index + 1 :])
+        if followed or Anchor(record["hash"], index) in known:
+            raise _Bad("insert", index - 1, f"the rest follows another record {index - 1}, at line {index + 1}")
     later = [j for j, other in enumerate(others) if j > index and other.get("prev") == heads[-1]]
     if later:
         genuine = any(other.get("hash") == record["prev"] for other in others)

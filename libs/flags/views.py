@@ -28,19 +28,19 @@ _STYLES = {
 }
 
 
-def _console() -> Console:
+def console() -> Console:
     """A terminal's own width; in a pipe, wide enough that no cell is folded where a reader would grep."""
     return Console(width=None if sys.stdout.isatty() else 240, highlight=False)
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
     table = Table(title=escape(title), title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
 
 
-def _word(word: str) -> str:
+def coloured(word: str) -> str:
     style = _STYLES.get(word)
     return f"[{style}]{escape(word)}[/]" if style else escape(word)
 
@@ -50,24 +50,24 @@ def nothing() -> None:
 
 
 def catalog(specs: Mapping[str, GateSpec]) -> None:
-    table = _table(
+    table = new_table(
         f"{len(specs)} gates", "gate", "variable", "values", "default", "stage", "owner", "expires", "summary"
     )
     for spec in specs.values():
         cells = (spec.name, spec.variable, ", ".join(spec.values), spec.default, str(spec.stage), spec.owner)
         table.add_row(*map(escape, (*cells, spec.expiry or "-", spec.summary)))
-    _console().print(table)
+    console().print(table)
 
 
 def gate_set(gates: GateSet) -> None:
-    table = _table(f"gate set {gates.hash}", "gate", "value", "outcome", "stage", "source", "reason")
+    table = new_table(f"gate set {gates.hash}", "gate", "value", "outcome", "stage", "source", "reason")
     for r in gates.resolutions:
-        table.add_row(r.gate, escape(show(r.value)), _word(str(r.outcome)), str(r.stage), r.source, escape(r.reason))
-    _console().print(table)
+        table.add_row(r.gate, escape(show(r.value)), coloured(str(r.outcome)), str(r.stage), r.source, escape(r.reason))
+    console().print(table)
 
 
 def explain(spec: GateSpec, here: Mapping[str, Sequence[str]]) -> None:
-    out = _console()
+    out = console()
     out.print(f"[bold]{spec.name}[/]  {spec.variable}  [dim]{spec.stage}, owner {spec.owner}, since {spec.since}[/]")
     out.print(escape(spec.summary))
     out.print(f"values: {escape(', '.join(spec.vocabulary()))} (default {spec.default})")
@@ -85,7 +85,7 @@ def explain(spec: GateSpec, here: Mapping[str, Sequence[str]]) -> None:
         for item in items:
             out.print(f"{label}: {escape(item)}")
     for word, failures in here.items():
-        out.print(f"here, {spec.variable}={word}: {_word('refused') if failures else _word('active')}")
+        out.print(f"here, {spec.variable}={word}: {coloured('refused') if failures else coloured('active')}")
         for failure in failures:
             out.print(f"  - {escape(failure)}")
 
@@ -96,7 +96,7 @@ def _for(values: Sequence[str]) -> str:
 
 def audit(records: Sequence[Mapping[str, Any]], verdict: Mapping[str, str]) -> None:
     columns = ("rank", "seq", "attempt", "time", "event", "gate", "value", "stage", "source", "reason")
-    table = _table(f"{len(records)} audit records", *columns)
+    table = new_table(f"{len(records)} audit records", *columns)
     for record in records:
         numbers = (str(record["rank"]), str(record["seq"]), str(record["attempt"]), str(record["ts"]))
         rest = (
@@ -106,8 +106,8 @@ def audit(records: Sequence[Mapping[str, Any]], verdict: Mapping[str, str]) -> N
             record["source"],
             record["reason"],
         )
-        table.add_row(*map(escape, numbers), _word(str(record["event"])), *map(escape, rest))
-    out = _console()
+        table.add_row(*map(escape, numbers), coloured(str(record["event"])), *map(escape, rest))
+    out = console()
     out.print(table)
     for rank, says in verdict.items():
         out.print(f"rank {rank}: {escape(says)}")
@@ -118,9 +118,9 @@ def _value(value: object) -> str:
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> None:
-    out = _console()
+    out = console()
     for row in rows:
-        out.print(f"rank {row['rank']}: {_word(row['status'])}: {escape(row['says'])}")
+        out.print(f"rank {row['rank']}: {coloured(row['status'])}: {escape(row['says'])}")
         out.print(f"  anchor {row['anchor']}", soft_wrap=True)
 
 
@@ -135,11 +135,11 @@ def outcome_cell(entries: Sequence[RunGate]) -> str:
 
 
 def diff(left: RunGates, right: RunGates, rows: Sequence[Mapping[str, str]]) -> None:
-    out = _console()
+    out = console()
     if not rows:
         out.print(f"{escape(left.run)} and {escape(right.run)} had the same gates")
         return
-    table = _table(f"{len(rows)} differences", "gate", left.run, right.run)
+    table = new_table(f"{len(rows)} differences", "gate", left.run, right.run)
     for row in rows:
         table.add_row(escape(row["gate"]), escape(row["a"]), escape(row["b"]))
     out.print(table)
@@ -147,10 +147,11 @@ def diff(left: RunGates, right: RunGates, rows: Sequence[Mapping[str, str]]) -> 
 
 def history(rows: Sequence[Mapping[str, Any]], only: str | None) -> None:
     """One line per run: the gates that were active or refused by name, those only ever off as a count."""
-    table = _table(f"{len(rows)} runs", "run", "started", "attempts", "active", "refused", "only off", "problem")
+    columns = ("run", "started", "attempts", "active", "refused", "only off", "changed on resume", "problem")
+    table = new_table(f"{len(rows)} runs", *columns)
     for row in rows:
         gates: dict[str, list[dict[str, Any]]] = {g: v for g, v in row["gates"].items() if only in (None, g)}
-        active, refused = (_named(gates, outcome, row["attempts"]) for outcome in ("active", "refused"))
+        active, refused = (gates_with(gates, outcome, row["attempts"]) for outcome in ("active", "refused"))
         off = [gate for gate, entries in gates.items() if {entry["outcome"] for entry in entries} == {"off"}]
         table.add_row(
             escape(row["run"]),
@@ -159,12 +160,15 @@ def history(rows: Sequence[Mapping[str, Any]], only: str | None) -> None:
             escape(", ".join(active) or "-"),
             escape(", ".join([*refused, *(row["unknown"] if only is None else ())]) or "-"),
             str(len(off)) if only is None else ", ".join(off) or "-",
+            escape(
+                "; ".join(f"{c['gate']}={_value(c['new'])}" for c in row["changes"] if only in (None, c["gate"])) or "-"
+            ),
             escape(row["problem"] or "-"),
         )
-    _console().print(table)
+    console().print(table)
 
 
-def _named(gates: Mapping[str, Sequence[Mapping[str, Any]]], outcome: str, attempts: Sequence[int]) -> list[str]:
+def gates_with(gates: Mapping[str, Sequence[Mapping[str, Any]]], outcome: str, attempts: Sequence[int]) -> list[str]:
     """ "tma=fwd" for each entry with this outcome, with its attempts where they are not all."""
     named = []
     for gate, entries in gates.items():
@@ -177,7 +181,7 @@ def _named(gates: Mapping[str, Sequence[Mapping[str, Any]]], outcome: str, attem
 
 
 def log_reports(rows: Sequence[Mapping[str, Any]]) -> None:
-    out = _console()
+    out = console()
     for row in rows:
         count = len(row["violations"])
         verdict = f"[red]{count} violations[/]" if count else "[green]every rule holds[/]"

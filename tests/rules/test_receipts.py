@@ -11,12 +11,26 @@ import pytest
 from pydantic import ValidationError
 
 from apps.eval.bench.comm import CommReceipt
+from apps.eval.bench.crossover import CrossoverReceipt
+from apps.eval.bench.decode import DecodeReceipt
+from apps.eval.bench.loss_side import LossSideReceipt
+from apps.eval.bench.prefix import PrefixReceipt
+from apps.eval.bench.psiv import PsivReceipt
 from apps.eval.bench.receipt import FILE_NAME, Receipt
+from apps.eval.bench.train_step import StepReceipt
 
 ROOT = Path(__file__).resolve().parents[2]
 RECEIPTS = ROOT / "infra" / "receipts"
 # Subjects whose receipts say more than the common schema.
-SCHEMAS: dict[str, type[Receipt]] = {"comm": CommReceipt}
+SCHEMAS: dict[str, type[Receipt]] = {
+    "comm": CommReceipt,
+    "crossover": CrossoverReceipt,
+    "decode": DecodeReceipt,
+    "loss_side": LossSideReceipt,
+    "prefix": PrefixReceipt,
+    "psiv": PsivReceipt,
+    "step": StepReceipt,
+}
 FOLDERS = sorted(path for path in RECEIPTS.glob("*") if path.is_dir())
 
 

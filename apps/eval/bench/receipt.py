@@ -5,6 +5,7 @@ Not for measuring (ops.py) or printing (table.py). A receipt with a red correctn
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from apps.eval.intervals import paired_ratio
+from libs.flags.evidence import Scope, decide
+from libs.flags.paired import Interval, paired_difference, paired_ratio
 
 SCHEMA_VERSION: Literal[1] = 1
 FILE_NAME = "receipt.json"
@@ -178,8 +180,46 @@ class LeftOut(_Record):
     reason: str
 
 
+class Comparison(_Record):
+    """B against A: what the decision rests on.
+
+    scope: what a sample times. gate: the one gate in which B differs from A when nothing else does, with the value it
+    has in A (baseline) and in B (value); None when more differs. difference_s: mean of B - A over pairs.
+    """
+
+    a: str
+    b: str
+    scope: Scope
+    gate: str | None
+    baseline: str | None
+    value: str | None
+    ratio: Ratio
+    difference_s: float
+    difference_low_s: float | None
+    difference_high_s: float | None
+
+    @classmethod
+    def of(cls, a: Sampled, b: Sampled, *, scope: Scope, gate: tuple[str, str, str] | None) -> Comparison:
+        """Of two contenders' paired samples. gate: its name, value in A, value in B."""
+        mean, interval = paired_difference(b.samples_s, a.samples_s)
+        name, baseline, value = gate or (None, None, None)
+        return cls(
+            a=a.name, b=b.name, scope=scope, gate=name, baseline=baseline, value=value,
+            ratio=Ratio.of(f"{b.name}_over_{a.name}", b, a), difference_s=mean,
+            difference_low_s=None if interval is None else interval.low,
+            difference_high_s=None if interval is None else interval.high,
+        )  # fmt: skip
+
+    def decision(self) -> Decision:
+        """What the rule says of it (`libs.flags.evidence.RULE`)."""
+        ratio = self.ratio
+        interval = None if ratio.low is None or ratio.high is None else Interval(ratio.low, ratio.high)
+        verdict = decide(ratio.value, interval, self.scope)
+        return Decision(value=verdict.value, reason=verdict.reason)
+
+
 class Decision(_Record):
-    """record: a baseline measurement that decides about no change."""
+    """record: a baseline measurement that decides about no change. The others: see `libs.flags.evidence.RULE`."""
 
     value: Literal["record", "kept", "noise", "rejected"]
     reason: str = Field(min_length=1)
@@ -207,6 +247,7 @@ class Receipt(_Record):
     aims: list[Aim]
     left_out: list[LeftOut]
     notes: list[str]
+    comparison: Comparison | None = None
     decision: Decision
 
     @field_validator("correctness")
@@ -216,6 +257,26 @@ class Receipt(_Record):
         if red:
             raise ValueError(f"no receipt without a green correctness gate; red: {', '.join(red)}")
         return checks
+
+    @model_validator(mode="after")
+    def _decision_follows_from_samples(self) -> Self:
+        stated = self.comparison
+        if stated is None:
+            if self.decision.value != "record":
+                raise ValueError(f"decision {self.decision.value} without a comparison: nothing was decided")
+            return self
+        absent = {stated.a, stated.b} - {sampled.name for sampled in self.contenders}
+        if absent:
+            raise ValueError(f"compares {', '.join(sorted(absent))}, of which there is no sample")
+        gate = None
+        if stated.gate is not None and stated.baseline is not None and stated.value is not None:
+            gate = (stated.gate, stated.baseline, stated.value)
+        actual = Comparison.of(self.contender(stated.a), self.contender(stated.b), scope=stated.scope, gate=gate)
+        if not math.isclose(stated.ratio.value, actual.ratio.value, rel_tol=1e-9):
+            raise ValueError(f"states the ratio {stated.ratio.value}, its samples give {actual.ratio.value}")
+        if self.decision.value != actual.decision().value:
+            raise ValueError(f"decision {self.decision.value}, but the rule says {actual.decision().reason}")
+        return self
 
     def contender(self, name: str) -> Sampled:
         """The contender of that name. KeyError when it did not run."""

@@ -6,6 +6,7 @@ drawn (figures.py).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from html import escape
@@ -61,6 +62,7 @@ class _Scale(NamedTuple):
 
 def line_chart(axes: Axes, series: Sequence[Series], levels: Sequence[Level] = ()) -> Markup:
     """The chart with a legend above it when there is more than one thing to name."""
+    series = [thinned(s) for s in series]
     to_x: Callable[[float], float] = math.log2 if axes.x_log else float
     xs = [to_x(x) for s in series for x in s.xs]
     ys = [y for s in series for y in (*s.ys, *s.low, *s.high)] + [level.value for level in levels]
@@ -82,6 +84,23 @@ def line_chart(axes: Axes, series: Sequence[Series], levels: Sequence[Level] = (
         f'{legend}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(axes.description)}">'
         f"{''.join(parts)}</svg>"
     )
+
+
+def thinned(series: Series) -> Series:
+    """At most POINTS_DRAWN points of a curve: the lowest and the highest of each stretch, so that no spike is lost.
+
+    Marked points, which may carry intervals, all stay.
+    """
+    count = len(series.xs)
+    if series.style == "points" or count <= POINTS_DRAWN:
+        return series
+    edges = [count * i // (POINTS_DRAWN // 2 - 1) for i in range(POINTS_DRAWN // 2)]
+    kept = {0, count - 1}
+    for start, end in itertools.pairwise(edges):
+        stretch = range(start, end)
+        kept |= {min(stretch, key=series.ys.__getitem__), max(stretch, key=series.ys.__getitem__)}
+    order = sorted(kept)
+    return series._replace(xs=[series.xs[i] for i in order], ys=[series.ys[i] for i in order])
 
 
 class Share(NamedTuple):
@@ -140,11 +159,9 @@ def number(value: float) -> str:
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
     """Mean over the `window` values that end at each one (fewer at the beginning)."""
-    means: list[float] = []
-    for index in range(len(values)):
-        part = values[max(0, index - window + 1) : index + 1]
-        means.append(sum(part) / len(part))
-    return means
+    sums = [0.0, *itertools.accumulate(values)]
+    starts = (max(0, end - window) for end in range(1, len(sums)))
+    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, start=1)]
 
 
 def _x_scale(axes: Axes, xs: Sequence[float]) -> _Scale:
@@ -208,10 +225,8 @@ def _curve(series: Series, xs: Sequence[float], y_scale: _Scale) -> list[str]:
                 f'<circle class="dot c{series.colour}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{tip}</title></circle>'
             )
         return parts
-    stride = max(1, len(xs) // POINTS_DRAWN)
-    kept = sorted({*range(0, len(xs), stride), len(xs) - 1})
     css = "faint" if series.style == "faint" else "line"
-    return [_path([xs[i] for i in kept], [ys[i] for i in kept], f"{css} c{series.colour}")]
+    return [_path(xs, ys, f"{css} c{series.colour}")]
 
 
 def _path(xs: Sequence[float], ys: Sequence[float], css: str) -> str:

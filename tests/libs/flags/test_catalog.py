@@ -57,6 +57,7 @@ RICH = Facts(
     bf16=True,
     distributed_optimizer=True,
     fp8_recipe="blockwise",
+    te_linears=200,
     liger_selftest=True,
     tensor_parallel=1,
     homogeneous_stack=True,
@@ -198,6 +199,7 @@ CASES: list[tuple[str, str, dict[str, object], str]] = [
     ("fp8_param_gather", "on", {"distributed_optimizer": False}, "distributed optimizer"),
     ("fp8_param_gather", "on", {"bf16": None}, "bf16 training: unknown here"),
     ("fp8_param_gather", "on", {"fp8_recipe": "mxfp8"}, "found mxfp8"),
+    ("fp8_param_gather", "on", {"te_linears": 0}, "it has none, and fp32 parameters"),
     ("fp8_param_gather", "on_untried_te", {"packages": {"transformer-engine": "2.8"}}, ">=2.9, found 2.8"),
     ("fused_linear_ce", "liger", {"packages": {"liger-kernel": "0.8.1"}}, ">=0.8.3, found 0.8.1"),
     ("fused_linear_ce", "liger", {"packages": {"liger-kernel": "0.8.2"}}, ">=0.8.3, found 0.8.2"),
@@ -251,7 +253,7 @@ def test_all_missing_preconditions_of_fp8_are_listed() -> None:
     with pytest.raises(GateRefused) as caught:
         resolve({"FATHOM_FP8_PARAM_GATHER": "on"}, Facts(packages={}))
     (refusal,) = caught.value.refusals
-    assert len(refusal.failures) == 7
+    assert len(refusal.failures) == 8
     for part in (
         "scaffold",
         "cuda",
@@ -260,9 +262,10 @@ def test_all_missing_preconditions_of_fp8_are_listed() -> None:
         "distributed optimizer",
         "bf16",
         "fp8 recipe",
+        "transformer-engine's linears: unknown here",
     ):
         assert any(part in failure for failure in refusal.failures), part
-    assert len(refusal.remedies) == 7
+    assert len(refusal.remedies) == 8
 
 
 def test_an_untried_transformer_engine_has_to_be_asked_for_by_name() -> None:

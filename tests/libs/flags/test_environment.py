@@ -16,6 +16,9 @@ def test_single_process_by_default() -> None:
 def test_torchrun() -> None:
     env = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "TORCHELASTIC_RESTART_COUNT": "2"}
     assert parse_launch(env) == Launch(5, 1, 8, 2)
+    more = {"LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_RUN_ID": "a"}
+    assert parse_launch(env | more) == Launch(5, 1, 8, 2, "a", max_restarts=3, several_machines=True)
+    assert not parse_launch(env | {"LOCAL_WORLD_SIZE": "8"}).several_machines
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from libs.flags.events import (
     SignalReceived,
     TrainStep,
 )
-from libs.flags.runlog import RunLog, log_path, next_attempt, parse_record, read_events
+from libs.flags.runlog import RunLog, log_path, next_attempt, parse_line, parse_record, read_events
 
 # GATES.md's list; anomaly.* and two events for backends and accepted changes are ours.
 NAMES = [
@@ -274,17 +274,30 @@ def test_parse_refuses(tmp_path: Path, change: dict[str, Any]) -> None:
     with _open(tmp_path) as log:
         log.emit(SIGNAL)
     (record,) = read_events(tmp_path)
-    parse_record(record)
-    with pytest.raises(ValidationError):
-        parse_record(record | change)
+    for parse in (parse_record, parse_line):
+        parse(record)
+        with pytest.raises(ValidationError):
+            parse(record | change)
 
 
 def test_parse_refuses_unknown_events_and_missing_fields(tmp_path: Path) -> None:
     with _open(tmp_path) as log:
         log.emit(SIGNAL)
     (record,) = read_events(tmp_path)
-    with pytest.raises(UserError, match=r"did you mean 'signal\.received'"):
-        parse_record(record | {"event": "signal.recieved"})
-    for name in record:
-        with pytest.raises(ValidationError):
-            parse_record({key: value for key, value in record.items() if key != name})
+    for parse in (parse_record, parse_line):
+        with pytest.raises(UserError, match=r"did you mean 'signal\.received'"):
+            parse(record | {"event": "signal.recieved"})
+        for name in record:
+            with pytest.raises(ValidationError):
+                parse({key: value for key, value in record.items() if key != name})
+
+
+def test_both_parsers_see_the_same(tmp_path: Path, train_step: Callable[..., TrainStep]) -> None:
+    with _open(tmp_path) as log:
+        log.emit(SIGNAL)
+        log.emit(train_step(3), step=3)
+    for record in read_events(tmp_path):
+        slow, fast = parse_record(record), parse_line(record)
+        assert isinstance(fast.event, type(slow.event))
+        assert fast.event.name == slow.event.name
+        assert fast.event.model_dump(by_alias=True) == slow.event.model_dump() | slow.envelope.model_dump(by_alias=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from libs.flags import verify
 from libs.flags.audit import AuditLog
-from libs.flags.audit_record import FIELDS, GENESIS, Anchor, record_hash
+from libs.flags.audit_record import FIELDS, GENESIS, Anchor, record_hash, sealed
 from libs.flags.canonical import canonical_json
 from libs.flags.verify import VerifyResult, verify_chain
 
@@ -253,6 +253,27 @@ def test_other_bytes_are_found(tmp_path: Path, pristine: Pristine, spoil: Callab
     assert (result.status, result.kind, result.first_bad) == ("tampered", "edit", 3)
 
 
+def test_a_line_is_the_canonical_form_of_its_record(pristine: Pristine) -> None:
+    """Put together from the hashed part, and equal to the plain way, whatever stands in the strings."""
+    for line in pristine[0]:
+        record = json.loads(line)
+        assert sealed(record) == (record["hash"], line)
+        for hostile in ('"prev":', '","prev":"', "\\", "é\n"):
+            for field in ("gate", "reason", "event"):
+                changed = record | {field: hostile}
+                assert sealed(changed)[1] == canonical_json(changed)
+
+
+def test_a_key_moved_within_a_line_is_found(tmp_path: Path, pristine: Pristine) -> None:
+    """Equal content, hash and all, with the hash in another place."""
+    lines = list(pristine[0])
+    stated = b'"hash":"' + json.loads(lines[3])["hash"].encode() + b'",'
+    lines[3] = b"{" + stated + lines[3].replace(stated, b"")[1:]
+    assert json.loads(lines[3]) == json.loads(pristine[0][3])
+    result = _judge(tmp_path, lines)
+    assert (result.status, result.kind, result.first_bad) == ("tampered", "edit", 3)
+
+
 @pytest.mark.parametrize("kept", [1, 5, 11, 12, 50, 200, -1])
 def test_a_crash_in_mid_line_is_not_tampering(tmp_path: Path, pristine: Pristine, kept: int) -> None:
     lines, anchors = pristine
@@ -329,18 +350,18 @@ def test_any_choice_of_lines_but_the_right_one_is_found(tmp_path: Path, pristine
     assert (result.status == "intact") == (order == list(range(COUNT)))
 
 
-@pytest.mark.parametrize("skipped", ["record_hash", "canonical_json"])
+@pytest.mark.parametrize("skipped", ["hash", "bytes"])
 def test_the_tests_above_would_see_a_skipped_check(
     tmp_path: Path, pristine: Pristine, skipped: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mutants of the verifier: without the hash, or without the byte form, an edit passes."""
     lines = list(pristine[0])
-    if skipped == "record_hash":
+    if skipped == "hash":
         lines[3] = _changed(lines[3], rehash=False, value="fwd")
-        monkeypatch.setattr(verify, "record_hash", lambda record: record["hash"])
+        monkeypatch.setattr(verify, "sealed", lambda record: (record["hash"], sealed(record)[1]))
     else:
         lines[3] = lines[3].replace(b'":', b'": ', 1)
-        monkeypatch.setattr(verify, "canonical_json", lambda record: lines[record["seq"]])
+        monkeypatch.setattr(verify, "sealed", lambda record: (sealed(record)[0], lines[record["seq"]]))
     assert _judge(tmp_path, lines).status == "intact"
     monkeypatch.undo()
     assert _judge(tmp_path, lines).status == "tampered"

@@ -5,9 +5,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.fathom-installed
+TPU_VENV := .venv-tpu
+TPU_STAMP := $(TPU_VENV)/.fathom-installed
 CORPUS := data/installed_cpp
 
-.PHONY: setup train test test-slow test-kernels check format bench clean
+.PHONY: setup setup-tpu train test test-slow test-kernels test-tpu check format bench clean
 
 setup: $(STAMP)
 
@@ -17,6 +19,13 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,eval]'
+	touch $@
+
+# torch_xla works with one version of torch, which is not the main environment's: infra/tpu/README.md.
+setup-tpu: $(TPU_STAMP)
+
+$(TPU_STAMP): $(wildcard infra/tpu/requirements*.txt infra/tpu/setup.sh infra/tpu/cuda_stubs.py)
+	PYTHON=$(PYTHON) infra/tpu/setup.sh $(TPU_VENV)
 	touch $@
 
 train: setup
@@ -36,6 +45,10 @@ test-slow: setup
 test-kernels: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m kernels -n 2 --dist worksteal -q
 
+# The XLA lane on the CPU, and compiled for a TPU; no TPU is needed.
+test-tpu: setup-tpu
+	OMP_NUM_THREADS=1 $(TPU_VENV)/bin/python -m pytest tests/tpu -m "not slow" -q
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,4 +63,4 @@ bench: setup
 	$(BIN)/fathom bench ops --device cpu --receipt-dir infra/receipts
 
 clean:
-	rm -rf $(VENV) data runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TPU_VENV) data runs .pytest_cache .mypy_cache .ruff_cache

@@ -28,13 +28,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None, guard: SignalGuard) -> ExitStatus:
-    from apps.train.arguments import parse_arguments, resolve_arguments
+    from apps.train.arguments import DEFAULT_RECIPE, parse_arguments, resolve_arguments
     from apps.train.dry_run import dry_run
     from apps.train.origins import describe
 
     arguments = parse_arguments(argv)
-    if arguments.show_config or arguments.dry_run:
+    if arguments.show_config or arguments.dry_run or arguments.aot is not None:
         resolved = resolve_arguments(arguments)[1]
+        if arguments.aot is not None:
+            from apps.train.aot import aot
+
+            return aot(resolved.config, arguments.recipe or DEFAULT_RECIPE, arguments.aot, quick=arguments.aot_quick)
         if arguments.dry_run:
             return dry_run(resolved.config)
         print(describe(resolved))

@@ -32,6 +32,7 @@ def write_bundle(
     attempt: int,
     result: StepResult,
     model: nn.Module,
+    gradients: Mapping[str, Tensor],
     batches: Sequence[Batch],
     cursor_before: Cursor,
     rng_before: Mapping[str, str],
@@ -41,12 +42,11 @@ def write_bundle(
     """RUN/anomalies/step-N/: report.json (what, where, norms, config), batch.safetensors, rng.json.
 
     One of each rank, whose name those of rank 1 and later end with. `step` is the number the step would have had;
-    gradients and weights are those before the optimizer ran.
+    gradients (by parameter name) and weights are those before the optimizer ran.
     """
     name = f"step-{step:08d}"
     name += f"-attempt-{attempt}" if attempt else ""
     folder = run_dir / ANOMALIES / (name + f"-rank-{rank}" if rank else name)
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     report = {
         "step": step,
         "what": result.nonfinite,
@@ -55,8 +55,8 @@ def write_bundle(
         "cursor_before": cursor_before.model_dump(),
         "window_ids": [list(batch.window_ids) for batch in batches],
         "nonfinite_parameters": _nonfinite({name: p.detach() for name, p in model.named_parameters()}),
-        "nonfinite_gradients": _nonfinite(grads),
-        "grad_norms": {name: _spell(float(grad.norm())) for name, grad in grads.items()},
+        "nonfinite_gradients": _nonfinite(gradients),
+        "grad_norms": {name: _spell(float(grad.norm())) for name, grad in gradients.items()},
         "config": config,
     }
     tensors = {

@@ -28,7 +28,10 @@ from libs.flags.errors import UserError, nearest
 
 DEFAULT_RECIPE = "cpu_demo"
 # What an interrupted run may be told anew: nothing that changes a weight, a loss or the order of data.
-RESUMABLE = ("checkpoint.", "log.", "parallel.", "train.stop_after", "train.device_memory", "train.device_name")
+RESUMABLE = (
+    "checkpoint.", "log.", "parallel.", "train.stop_after", "train.device_memory", "train.device_name",
+    "xla.strict_compile",
+)  # fmt: skip
 
 
 class Arguments(NamedTuple):
@@ -42,6 +45,8 @@ class Arguments(NamedTuple):
     show_config: bool
     dry_run: bool
     accept_gate_change: frozenset[str]
+    aot: str | None
+    aot_quick: bool
     settings: tuple[str, ...]
 
 
@@ -51,7 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments:
     Raises:
         UserError: options that exclude each other, or a misspelt one. SystemExit: --help, or argparse itself.
     """
-    parser = _parser()
+    parser = build_parser()
     found, rest = parser.parse_known_args(argv)
     options = [option for action in parser._actions for option in action.option_strings]
     for word in rest:
@@ -76,11 +81,14 @@ def parse_arguments(argv: Sequence[str] | None) -> Arguments:
         show_config=found.show_config,
         dry_run=found.dry_run,
         accept_gate_change=frozenset(found.accept_gate_change),
-        settings=tuple(rest),
+        aot=found.aot,
+        aot_quick=found.aot_quick,
+        settings=(*rest, *(("--xla.strict_compile", "true") if found.strict_compile else ())),
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The options of `fathom train`; settings are the words they leave over."""
     parser = argparse.ArgumentParser(
         prog="fathom train",
         description="Train a model. Later ones win: preset, recipe, --config files, "
@@ -95,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--from-step", type=int, metavar="N", help="with --resume: from the checkpoint of step N")
     parser.add_argument("--show-config", action="store_true", help="print every setting and where it came from")
     parser.add_argument("--dry-run", action="store_true", help="print what it needs; 2 when it does not fit")
+    parser.add_argument(
+        "--aot", metavar="SLICE", help="compile the step for a TPU slice (v6e-4); 2 when it does not fit"
+    )
+    parser.add_argument("--aot-quick", action="store_true", help="with --aot: least effort; memory only")
+    parser.add_argument("--strict-compile", action="store_true", help="stop when XLA compiles after warm-up")
     parser.add_argument(
         "--accept-gate-change",
         action="append",
@@ -130,7 +143,15 @@ def after_restart(arguments: Arguments, this: Launch) -> Arguments:
     """What the same command line means when torchrun starts it again: go on with the run that it began.
 
     A run is found by --run-dir, or by the name that `new_identity` gives every attempt of one torchrun job.
+
+    Raises:
+        UserError: torchrun may restart processes on several machines, and nothing tells all of them which run it was.
     """
+    if this.several_machines and this.max_restarts and arguments.run_dir is None and arguments.resume is None:
+        raise UserError(
+            f"torchrun may restart this job {this.max_restarts} times on several machines, which know a run without a "
+            "name each on its own: give one with --run-dir DIR (or --resume RUN), in a file system they share"
+        )
     if this.attempt == 0:
         return arguments
     if arguments.resume is not None:

@@ -69,7 +69,9 @@ class TrainSection(Section):
     steps: int = Field(default=500, ge=1)
     grad_accumulation: int = Field(default=1, ge=1)
     seed: int = Field(default=0, ge=0, description="seed of the initial weights")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "tpu", "xla"] = Field(
+        default="auto", description="tpu: torch_xla on a TPU; xla: torch_xla on this machine's CPU"
+    )
     device_name: str | None = Field(default=None, description="device that --dry-run plans for")
     device_memory: ByteSize | None = Field(default=None, description="its memory, such as 141GB")
     precision: Literal["fp32", "bf16", "auto"] = "auto"
@@ -111,9 +113,16 @@ class ParallelSection(Section):
     sequence_parallel: bool = Field(default=False, description="between layers each tp rank holds its own tokens")
     shard_optimizer: bool = Field(default=False, description="replicas share the optimizer's state (ZeRO stage 1)")
     engine: Literal["auto", "torch", "megatron"] = Field(
-        default="auto", description="who reduces gradients and updates; auto: torch. megatron needs CUDA"
+        default="auto",
+        description="who reduces gradients and updates; auto: torch. megatron: on CUDA, overlapped, state sharded",
     )
     timeout_s: float = Field(default=60.0, gt=0, description="a rank that is silent for longer stops the job")
+
+    @model_validator(mode="after")
+    def _one_way_to_shard(self) -> Self:
+        if self.shard_optimizer and self.engine == "megatron":
+            raise ValueError("shard_optimizer = true is of the torch engine: megatron's optimizer is always sharded")
+        return self
 
     def layout(self, world_size: int) -> Layout:
         """The layout of a job of `world_size` processes.
@@ -130,6 +139,15 @@ class ParallelSection(Section):
         layout = Layout(world_size // model if self.dp is None else self.dp, self.cp, self.tp)
         check_layout(layout, world_size)
         return layout
+
+
+class XlaSection(Section):
+    """On tpu and xla: how the chips share the work, and what a late compilation leads to."""
+
+    data: int = Field(default=1, ge=1, description="replicas: each chip holds all of the model")
+    fsdp: int = Field(default=1, ge=1, description="rows and parameters are both cut this many ways")
+    tensor: int = Field(default=1, ge=1, description="shards of one layer")
+    strict_compile: bool = Field(default=False, description="a program compiled after warm-up stops the run")
 
 
 class LogSection(Section):
@@ -151,6 +169,7 @@ class TrainConfig(Section):
     train: TrainSection = TrainSection()
     checkpoint: CheckpointSection = CheckpointSection()
     parallel: ParallelSection = ParallelSection()
+    xla: XlaSection = XlaSection()
     log: LogSection = LogSection()
 
     @model_validator(mode="after")

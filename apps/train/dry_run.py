@@ -18,17 +18,17 @@ from apps.train.lane import host_memory
 from libs.flags.environment import fathom_variables
 from libs.flags.errors import ExitStatus, UserError
 from libs.flags.facts import Facts
-from libs.flags.gateset import GateSet
 from libs.flags.resolve import resolve
 from libs.kernels.mimo import choose_backend
 from libs.kernels.mimo.capabilities import HOPPER
 from libs.model import HybridLM, flops_per_token, parameter_count
 from libs.model.communication import step_communication
 from libs.model.flops import ParameterCount
+from libs.model.memory import MemoryEstimate
 from libs.model.sharding import check_tensor_parallel, shard_rules
 from libs.parallel.mesh import Layout
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 # What a process can have of the device's memory, rounded down, by the name the driver gives the device.
 DEVICE_MEMORY = {
     "NVIDIA H100 80GB HBM3": 78 * GIB,
@@ -96,8 +96,9 @@ def dry_run(config: TrainConfig) -> ExitStatus:
     counted, of_rank = parameter_count(architecture), parameter_count(rank_model(config, layout))
     _check_counts(model, counted, of_rank, layout)
     flops = flops_per_token(architecture, config.data.window)
-    memory = step_memory(config, machine, layout).by_component | _psiv_memory(gates, facts)
-    needed = sum(memory.values())
+    memory, cache = step_memory(config, machine, layout), _psiv_memory(facts, machine)
+    cached = gates.is_enabled("psiv_cache")
+    needed = memory.total + (cache if cached else 0)
     out = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100)
     counts = {kind: f"{count:,}" for kind, count in counted.by_layer_type.items()}
     out.print(_table("parameters", counts, f"{counted.total:,}"))
@@ -109,20 +110,17 @@ def dry_run(config: TrainConfig) -> ExitStatus:
     shown["forward"] = f"{flops.forward:,.0f}"
     title = f"FLOPs per token, window {config.data.window} (formula version {flops.formula_version})"
     out.print(_table(title, shown, f"{flops.train:,.0f}", total_name="training"))
-    sizes = {name: f"{size / GIB:,.3f} GiB" for name, size in memory.items()}
-    of_one = " on each rank" if layout.world_size > 1 else ""
-    out.print(_table(f"memory of one training step{of_one} (estimate)", sizes, f"{needed / GIB:,.3f} GiB"))
+    out.print(_memory_table(memory, cache, cached, layout))
+    _print_line(
+        out, f"most is held in {memory.at}; not in it: what allocators, BLAS and collectives keep for themselves"
+    )
     if layout.world_size > 1:
         out.print(_communication(config, machine, layout))
-    if "psiv_cache" not in memory and machine.on_gpu:
-        _print_line(out, _with_psiv_cache(facts, needed, target))
-    fits = needed <= target.memory_bytes
-    _print_line(
-        out,
-        f"{target.name}: {target.memory_bytes / GIB:,.3f} GiB ({target.source}): "
-        + ("the estimate fits" if fits else f"DOES NOT FIT, {needed / GIB:,.3f} GiB are needed"),
-    )
-    return ExitStatus.OK if fits else ExitStatus.USAGE
+    _print_line(out, f"{target.name}: {_size(target.memory_bytes)} ({target.source}): {_verdict(needed, target)}")
+    if cache:
+        other = memory.total + (0 if cached else cache)
+        _print_line(out, f"with gate psiv_cache {'off' if cached else 'on'} instead: {_verdict(other, target)}")
+    return ExitStatus.OK if needed <= target.memory_bytes else ExitStatus.USAGE
 
 
 def planned_layout(config: TrainConfig) -> Layout:
@@ -159,15 +157,41 @@ def _communication(config: TrainConfig, machine: Machine, layout: Layout) -> Tab
         dtype_bytes=2 if machine.bf16 else 4,
         recompute=config.train.activation_checkpointing == "block",
     )
-    rows = {name: f"{nbytes / GIB:,.3f} GiB" for name, nbytes in sent.items()}
-    return _table("sent by each rank per optimizer step (estimate)", rows, f"{sum(sent.values()) / GIB:,.3f} GiB")
+    total = sum(sent.values())
+    rows = {name: _size(nbytes, total) for name, nbytes in sent.items()}
+    return _table("sent by each rank per optimizer step (estimate)", rows, _size(total))
 
 
-def _with_psiv_cache(facts: Facts, needed: int, target: Target) -> str:
-    assert facts.n_mamba_layers is not None, "counted in facts_of"
-    extra = (facts.psiv_bytes_per_layer or 0) * facts.n_mamba_layers
-    verdict = "would fit too" if needed + extra <= target.memory_bytes else "would not fit"
-    return f"with gate psiv_cache, off here: {extra / GIB:,.3f} GiB more, {(needed + extra) / GIB:,.3f} GiB: {verdict}"
+def _memory_table(memory: MemoryEstimate, cache: int, cached: bool, layout: Layout) -> Table:
+    """A column for psiv_cache off and one for on, where there is something to cache."""
+    ranks = " on each rank" if layout.world_size > 1 else ""
+    table = Table(title=f"memory of one training step{ranks} at its peak (estimate)", title_justify="left")
+    table.add_column()
+    columns = [0, cache] if cache else [0]
+    for extra in columns:
+        here = " (as set)" if bool(extra) == cached else ""
+        table.add_column(f"psiv_cache {'on' if extra else 'off'}{here}" if cache else "", justify="right")
+    whole = memory.total + cache
+    for name, size in memory.by_component.items():
+        table.add_row(name, *[_size(size, whole)] * len(columns))
+    if cache:
+        table.add_row("psiv_cache", *(_size(extra, whole) for extra in columns))
+    table.add_section()
+    table.add_row("total", *(_size(memory.total + extra, whole) for extra in columns))
+    table.show_header = bool(cache)
+    return table
+
+
+def _size(nbytes: int, whole: int | None = None) -> str:
+    """In GiB, or in MiB where the whole of which it is a part is less than one."""
+    unit, name = (GIB, "GiB") if (nbytes if whole is None else whole) >= GIB else (MIB, "MiB")
+    return f"{nbytes / unit:,.{3 if unit == GIB else 1}f} {name}"
+
+
+def _verdict(needed: int, target: Target) -> str:
+    if needed <= target.memory_bytes:
+        return f"the estimate of {_size(needed)} fits, {_size(target.memory_bytes - needed)} to spare"
+    return f"the estimate of {_size(needed)} DOES NOT FIT"
 
 
 def _print_line(out: Console, text: str) -> None:
@@ -207,13 +231,12 @@ def planned_backend(requested: str, machine: Machine) -> str:
     return requested
 
 
-def _psiv_memory(gates: GateSet, facts: Facts) -> dict[str, int]:
-    """What gate psiv_cache keeps from forward to backward."""
-    if not gates.is_enabled("psiv_cache"):
-        return {}
-    assert facts.psiv_bytes_per_layer is not None, "the gate refuses an unknown size"
-    assert facts.n_mamba_layers is not None, "the gate refuses an unknown number"
-    return {"psiv_cache": facts.psiv_bytes_per_layer * facts.n_mamba_layers}
+def _psiv_memory(facts: Facts, machine: Machine) -> int:
+    """What gate psiv_cache keeps from forward to backward; 0 where it cannot be on."""
+    if not machine.on_gpu or facts.psiv_bytes_per_layer is None:
+        return 0
+    assert facts.n_mamba_layers is not None, "counted in facts_of"
+    return facts.psiv_bytes_per_layer * facts.n_mamba_layers
 
 
 def _table(title: str, rows: dict[str, str], total: str, *, total_name: str = "total") -> Table:

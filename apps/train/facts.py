@@ -5,6 +5,8 @@ Not for choosing the device (lane.py); a planned device (dry_run.py) is asked in
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import BaseModel, ConfigDict
 
@@ -20,6 +22,7 @@ from libs.model.memory import MemoryEstimate, memory_estimate
 from libs.model.pattern import LayerKind
 from libs.model.sharding import local_config
 from libs.parallel.mesh import Layout
+from libs.parallel.xla.topology import V6E
 
 ALONE = Layout()
 
@@ -30,6 +33,7 @@ class Machine(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     on_gpu: bool
+    on_xla: Literal["tpu", "xla"] | None = None
     name: str
     bf16: bool
     memory_bytes: int
@@ -41,6 +45,12 @@ class Machine(BaseModel):
 def machine_of(lane: Lane) -> Machine:
     """The device that a run is on, with the memory that is free on it now."""
     bf16 = lane.precision == "bf16"
+    if lane.xla is not None:
+        free = V6E.usable_bytes if lane.xla.on_tpu else host_memory().available
+        kind: Literal["tpu", "xla"] = "tpu" if lane.xla.on_tpu else "xla"
+        return Machine(
+            on_gpu=False, on_xla=kind, name=lane.device_name, bf16=bf16, memory_bytes=free, device_count=lane.chips
+        )
     if lane.device.type != "cuda":
         return Machine(on_gpu=False, name=lane.device_name, bf16=bf16, memory_bytes=host_memory().available)
     properties = torch.cuda.get_device_properties(lane.device)
@@ -81,7 +91,8 @@ def rank_tokens(config: TrainConfig, layout: Layout) -> int:
 
 def step_memory(config: TrainConfig, machine: Machine, layout: Layout = ALONE) -> MemoryEstimate:
     """Of one training step on one rank, by formula, without what a gate adds."""
-    shards = config.parallel.shard_optimizer or config.parallel.engine == "megatron"
+    buffers = config.parallel.engine == "megatron"
+    shards = config.parallel.shard_optimizer or buffers
     return memory_estimate(
         rank_model(config, layout),
         tokens=rank_tokens(config, layout),
@@ -91,6 +102,7 @@ def step_memory(config: TrainConfig, machine: Machine, layout: Layout = ALONE) -
         device_type="cuda" if machine.on_gpu else "cpu",
         token_shards=layout.tp if config.parallel.sequence_parallel else 1,
         optimizer_shards=layout.dp * layout.cp if shards else 1,
+        gradients_kept=buffers or config.train.grad_accumulation > 1,
     )
 
 
@@ -124,7 +136,7 @@ def facts_of(config: TrainConfig, machine: Machine, backend: str, layout: Layout
             "set train.precision = bf16, or train.mimo_backend = chunked"
         )
     return Facts(
-        device="cuda" if machine.on_gpu else "cpu",
+        device="cuda" if machine.on_gpu else machine.on_xla or "cpu",
         device_name=machine.name,
         compute_capability=machine.compute_capability,
         device_count=machine.device_count,
@@ -139,6 +151,7 @@ def facts_of(config: TrainConfig, machine: Machine, backend: str, layout: Layout
         batch_heads=None if mixer is None else mixer.nheads,
         bf16=machine.bf16,
         distributed_optimizer=config.parallel.engine == "megatron",
+        te_linears=0,  # every parameter is fp32 under autocast, in every engine
         tensor_parallel=layout.tp,
         homogeneous_stack=len(set(layers.trunk)) == 1,
         mtp_depth=config.model.mtp_depth,

@@ -21,6 +21,7 @@ from apps.train.hooks import Sink, StepReport
 from apps.train.kernels import KernelWatch
 from apps.train.lane import Lane
 from apps.train.metrics import StepClock, bits_per_byte, mean_context, mfu, peak_memory_bytes
+from apps.train.optim import AnyOptimizer
 from apps.train.save import Saved, TrainerState, checkpoint_dir, prune, rng_state
 from apps.train.schedule import learning_rate
 from apps.train.session import Outcome, Session, report_signal
@@ -71,7 +72,7 @@ class Run:
     groups: Groups
     threads: int
     model: HybridLM
-    optimizer: torch.optim.Optimizer
+    optimizer: AnyOptimizer
     engine: Engine
     loader: BatchLoader
     validation: ValidationSet
@@ -151,6 +152,7 @@ def validate_if_due(run: Run) -> None:
     due = progress.step % settings.eval_every == 0 or progress.step == settings.steps
     if not due or progress.evaluated_at == progress.step:
         return
+    run.engine.settle()
     try:
         with run.guard.during("evaluation"):
             found = validate(run.model, run.validation, run.lane, run.guard, run.groups)
@@ -180,14 +182,13 @@ def one_step(run: Run) -> None:
     rate = learning_rate(progress.step, peak=config.optim.lr, steps=config.train.steps, schedule=config.schedule)
     result = train_step(
         run.model,
-        run.optimizer,
+        run.engine,
         batches,
         rate=rate,
         clip_norm=config.optim.clip_norm,
         lane=run.lane,
         clock=clock,
         groups=run.groups,
-        engine=run.engine,
     )
     if result.nonfinite is not None:
         _stop_or_skip(run, result, batches, cursor_before, rng_before)
@@ -207,6 +208,7 @@ def _stop_or_skip(run: Run, result: StepResult, batches: Sequence[Batch], cursor
         attempt=run.session.log.attempt,
         result=result,
         model=run.model,
+        gradients=run.engine.gradients(),
         batches=batches,
         cursor_before=cursor,
         rng_before=rng,
@@ -224,7 +226,7 @@ def _stop_or_skip(run: Run, result: StepResult, batches: Sequence[Batch], cursor
     message = f"step {number}: {what} is {value}; see {bundle}"
     if not may_skip:
         raise NonFiniteStop(message)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.engine.zero_grad()
     for sink in run.sinks:
         sink.on_note(f"{message}; {action}")
 
@@ -235,7 +237,7 @@ def _report(run: Run, result: StepResult, batches: Sequence[Batch], rate: float,
     flops = flops_per_token(run.model.config, run.config.data.window, mean_context=context)
     utilisation = mfu(
         flops_per_token=flops.train,
-        tokens_per_s=losses.tokens / total / run.groups.world.size,
+        tokens_per_s=losses.tokens / total / run.groups.world.size / run.lane.chips,
         device_name=run.lane.device_name,
         precision=run.lane.precision,
     )
@@ -292,6 +294,7 @@ def save(run: Run, writer: CheckpointWriter, saves: Saves) -> None:
     progress, log = run.progress, run.session.log
     if progress.saved_at == progress.step:
         return
+    run.engine.settle()
     with run.guard.during("checkpoint"):
         writer.finish()
         path = checkpoint_dir(run.session.run_dir, progress.step)

@@ -16,14 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from libs.parallel.xla.topology import V6E
+
 # Dense bf16 matrix peak, FLOP/s, by the exact name the driver gives: NVIDIA H100 and H200 data sheets,
-# whose headline figures count 2:4 sparsity and are halved here.
+# whose headline figures count 2:4 sparsity and are halved here; a TPU's is in its topology.
 PEAK_BF16_FLOPS = {
     "NVIDIA H100 80GB HBM3": 989.4e12,
     "NVIDIA H100 NVL": 835.5e12,
     "NVIDIA H100 PCIe": 756.5e12,
     "NVIDIA H200": 989.4e12,
     "NVIDIA H200 NVL": 835.5e12,
+    V6E.name: V6E.peak_bf16,
 }
 
 

@@ -6,7 +6,7 @@ Not for the learning rate (schedule.py): it is set before each step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from apps.train.config import OptimSection
 from libs.flags.errors import UserError
 from libs.model import no_decay
-from libs.parallel.mesh import Group
+from libs.parallel.data import PiecedState
+from libs.parallel.mesh import Group, Groups
 
 STATE_PARTS = ("step", "exp_avg", "exp_avg_sq")
+AnyOptimizer: TypeAlias = torch.optim.Optimizer | PiecedState
 
 
 def build_optimizer(
@@ -34,7 +36,12 @@ def build_optimizer(
         {"params": kept, "weight_decay": 0.0},
     ]
     options: dict[str, Any] = {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps}
-    options["fused"] = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
+    kinds = {p.device.type for p in model.parameters()}
+    options["fused"] = kinds <= {"cpu", "cuda"}
+    if "xla" in kinds:
+        # A rate or a step count of the host would be a constant of the compiled program.
+        device = next(model.parameters()).device
+        options |= {"capturable": True, "foreach": False, "lr": torch.tensor(settings.lr, device=device)}
     if shared_by is None or shared_by.size == 1:
         return torch.optim.AdamW(groups, **options)
     return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, process_group=shared_by.process_group, **options)
@@ -57,17 +64,40 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return tensors
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+class HeldState(NamedTuple):
+    """What one rank writes of an optimizer. parts: into how many files the state of one tensor-parallel rank goes.
+    copied: nobody changes these tensors any more."""
+
+    tensors: dict[str, Tensor]
+    parts: int
+    copied: bool = False
+
+
+def held_state(model: nn.Module, optimizer: AnyOptimizer, groups: Groups) -> HeldState:
+    """What this rank is to write; ranks with the same parameters write them once. A collective for `PiecedState`."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return HeldState(optimizer.collect_state(), groups.dp_cp.size, copied=True)
+    parts = groups.dp_cp.size if isinstance(optimizer, ZeroRedundancyOptimizer) else 1
+    writes = groups.dp_cp.rank == 0 or parts > 1
+    return HeldState(optimizer_tensors(model, optimizer) if writes else {}, parts)
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: AnyOptimizer, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` gave; of a mapping of all parameters' state, take what this rank holds.
 
     Raises:
         UserError: a tensor of an unknown parameter, one of another shape, or some parameters without state.
     """
-    parameters, inner = dict(model.named_parameters()), holder(optimizer)
+    parameters = dict(model.named_parameters())
     expected = {f"{part}/{name}" for part in STATE_PARTS for name, p in parameters.items() if p.requires_grad}
     if tensors and set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)
         raise UserError(f"optimizer state does not belong to this model: {len(odd)} names differ, first {odd[0]!r}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        if tensors:
+            optimizer.restore_state(tensors)
+        return
+    inner = holder(optimizer)
     held = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
     for key in tensors:
         part, name = key.split("/", 1)

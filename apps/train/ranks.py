@@ -1,6 +1,7 @@
 """The ranks of one job: joining, agreeing on the set-up before anything is written, leaving together.
 
-One process is a job of one rank: it opens no process group and exchanges nothing. Not for training (loop.py).
+One process is a job of one rank: it exchanges nothing, and opens a process group only where its engine asks for one.
+Not for training (loop.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from apps.train.arguments import DEFAULT_RECIPE, Arguments, after_restart, resolve_arguments, resolve_settings
-from apps.train.config import ParallelSection
+from apps.train.engine import refuse_engine, wants_process_group
 from apps.train.facts import gather_facts
 from apps.train.hooks import refuse_missing_sinks
 from apps.train.lane import Lane, choose_lane
@@ -30,7 +31,7 @@ from libs.flags.runlog import next_attempt
 from libs.model.sharding import check_tensor_parallel
 from libs.parallel.exchange import from_rank_zero
 from libs.parallel.launch import agree, connect
-from libs.parallel.mesh import Groups, Layout, open_groups, single
+from libs.parallel.mesh import Groups, Layout, open_groups
 
 # gloo for what is on the CPU (decisions, numbers of a step), NCCL for tensors on a GPU.
 CPU_BACKEND, GPU_BACKEND = "gloo", "cpu:gloo,cuda:nccl"
@@ -74,26 +75,11 @@ def prepare(arguments: Arguments, this: Launch) -> Setup:
     layout = config.parallel.layout(this.world_size)
     check_tensor_parallel(config.model.architecture(), layout.tp)
     refuse_missing_sinks(config.log)
-    lane = choose_lane(config.train, this.local_rank)
+    lane = choose_lane(config.train, this.local_rank, config.xla)
     refuse_engine(config.parallel, lane)
     gates = gates_or_refusal(gather_facts(config, lane, layout))
     corpus = open_corpus(config) if isinstance(gates, GateSet) else None
     return Setup(identity, resolved, layout, lane, gates, corpus)
-
-
-def refuse_engine(parallel: ParallelSection, lane: Lane) -> None:
-    """Raises UserError: an engine that cannot run here, or (megatron) whose optimizer no checkpoint can hold yet."""
-    if parallel.engine != "megatron":
-        return
-    if lane.device.type != "cuda":
-        raise UserError(
-            "parallel.engine = 'megatron' needs a CUDA device: megatron-core's DistributedDataParallel and optimizer "
-            f"ask for one by name, this run is on {lane.device.type}; allowed here: auto, torch"
-        )
-    raise UserError(
-        "parallel.engine = 'megatron' (libs.parallel.megatron_engine) cannot be trained with yet: the state of its "
-        "DistributedOptimizer is not written to checkpoints, so a run could not be resumed; allowed: auto, torch"
-    )
 
 
 @contextmanager
@@ -105,12 +91,14 @@ def join(arguments: Arguments, this: Launch) -> Iterator[Agreed]:
             rank and item.
     """
     arguments = after_restart(arguments, this)
+    backend = GPU_BACKEND if torch.cuda.is_available() else CPU_BACKEND
     if this.world_size == 1:
         setup = prepare(arguments, this)
         assert setup.identity is not None, "one process decides"
-        yield Agreed(arguments, setup, setup.identity, Place(0, 1, next_attempt(setup.identity.run_dir)), single())
+        even_alone = wants_process_group(setup.resolved.config.parallel)
+        with connect(Layout(), backend=backend, this=this, even_alone=even_alone) as alone:
+            yield Agreed(arguments, setup, setup.identity, Place(0, 1, next_attempt(setup.identity.run_dir)), alone)
         return
-    backend = GPU_BACKEND if torch.cuda.is_available() else CPU_BACKEND
     # Groups of the real layout come after the agreement: ranks that disagree on it would wait for each other.
     with connect(Layout(dp=this.world_size), backend=backend, this=this) as world:
         setup = _agree(arguments, this, world)

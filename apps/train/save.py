@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 
 from apps.train.data.loader import Cursor
-from apps.train.optim import load_optimizer_tensors
+from apps.train.optim import AnyOptimizer, held_state, load_optimizer_tensors
 from apps.train.snapshot import STATE, FileJob, file_jobs, take_snapshot
 from libs.flags.errors import UserError
 from libs.model import HybridLM
@@ -181,7 +181,7 @@ def save_checkpoint(
     run_dir: Path,
     *,
     model: HybridLM,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AnyOptimizer,
     tokenizer_file: Path,
     state: TrainerState,
     groups: Groups | None = None,
@@ -195,8 +195,8 @@ def save_checkpoint(
     final, several = checkpoint_dir(run_dir, state.step), groups.world.size > 1
     try:
         staging = stage(final, groups)
-        state_json = state.model_dump_json(indent=1)
-        jobs = file_jobs(take_snapshot(model, optimizer, tokenizer_file, state_json, groups, copy=False))
+        state_json, held = state.model_dump_json(indent=1), held_state(model, optimizer, groups)
+        jobs = file_jobs(take_snapshot(model, held, tokenizer_file, state_json, groups, copy=False))
         sealed = run_together(groups.world, f"saving {final}", lambda: write_files(staging, jobs, sealed=several))
         digest = commit_files(staging, final, sealed, groups)
     except BaseException:
@@ -315,9 +315,7 @@ def restore_model(checkpoint: Path, model: HybridLM, groups: Groups | None = Non
     run_together(world, f"reading the weights of {checkpoint}", lambda: load_parameters(checkpoint, model))
 
 
-def restore_optimizer(
-    checkpoint: Path, model: HybridLM, optimizer: torch.optim.Optimizer, groups: Groups | None = None
-) -> None:
+def restore_optimizer(checkpoint: Path, model: HybridLM, optimizer: AnyOptimizer, groups: Groups | None = None) -> None:
     """Load the optimizer's tensors of a verified checkpoint of any layout.
 
     `load_optimizer_tensors` is given a mapping that reads a tensor when it is asked for: a sharded optimizer takes

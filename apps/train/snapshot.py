@@ -10,12 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from apps.train.optim import optimizer_tensors
+from apps.train.optim import HeldState
 from libs.model import HybridLM
 from libs.model.shard_files import LAYOUT_FILE, SavedLayout, shard_name, write_shard
 from libs.model.weights import CONFIG_FILE, WEIGHTS_FILE, save_model, write_config
@@ -51,7 +49,7 @@ class FileJob(NamedTuple):
 
 def take_snapshot(
     model: HybridLM,
-    optimizer: torch.optim.Optimizer,
+    optimizer: HeldState,
     tokenizer_file: Path,
     state_json: str,
     groups: Groups,
@@ -61,17 +59,15 @@ def take_snapshot(
     """This rank's part of a checkpoint. `copy`: on the host, so that training may go on while it is written.
 
     The first of the ranks that hold the same parameters writes them. Each of them writes its own part of the
-    optimizer's state when that is sharded (ZeroRedundancyOptimizer).
+    optimizer's state when that is sharded (`held_state` knows).
     """
 
-    def held(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def on_host(tensors: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
         return {name: tensor.detach().to("cpu", copy=copy) for name, tensor in tensors.items()}
 
-    leads = groups.dp_cp.rank == 0
-    parts = groups.dp_cp.size if isinstance(optimizer, ZeroRedundancyOptimizer) else 1
-    weights = held(dict(model.named_parameters())) if leads else {}
-    moments = held(optimizer_tensors(model, optimizer)) if leads or parts > 1 else {}
-    return Snapshot(model, weights, moments, parts, tokenizer_file, state_json, groups)
+    weights = on_host(dict(model.named_parameters()), copy) if groups.dp_cp.rank == 0 else {}
+    moments = on_host(optimizer.tensors, copy and not optimizer.copied)
+    return Snapshot(model, weights, moments, optimizer.parts, tokenizer_file, state_json, groups)
 
 
 def file_jobs(snapshot: Snapshot) -> list[FileJob]:

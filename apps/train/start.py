@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 import torch
 
+from apps.train.compiles import CompileWatch
 from apps.train.config import TrainConfig
 from apps.train.data.loader import BatchLoader
+from apps.train.engine import build_engine
 from apps.train.evaluate import ValidationSet, choose_documents
 from apps.train.hooks import Sink, open_sinks
 from apps.train.kernels import KernelWatch
 from apps.train.lane import Lane, set_threads
 from apps.train.loop import Progress, Run
-from apps.train.optim import build_optimizer
 from apps.train.save import (
     TrainerState,
     choose_checkpoint,
@@ -41,9 +42,9 @@ from libs.kernels.backend import Choice
 from libs.kernels.loss.gates import requested_backend
 from libs.model import HybridLM
 from libs.model.checkpoint import checkpoint_step
-from libs.model.sharding import shard_rules
+from libs.model.hybrid import between_blocks
+from libs.model.sharding import model_partitions
 from libs.model.text.shards import DataDir, PackedDataset
-from libs.parallel.data import TorchEngine
 from libs.parallel.mesh import Groups, Parallel
 from libs.parallel.seeds import role_seeds
 from libs.parallel.together import together
@@ -150,8 +151,7 @@ def assemble(
             cursor=None if state is None else state.cursor,
         )
     # Outside of `together`: a sharded optimizer is built by all replicas in one exchange.
-    shared_by = groups.dp_cp if config.parallel.shard_optimizer else None
-    optimizer = build_optimizer(model, config.optim, shared_by=shared_by)
+    engine, optimizer, engine_choice = build_engine(config, model, groups, lane.xla)
     progress = Progress()
     if restored is not None:
         restore_model(restored.path, model, groups)
@@ -159,11 +159,10 @@ def assemble(
         progress = _restore_progress(session, restored, groups)
         if alone:  # with several ranks each has a seed of its own, and nothing draws from it
             set_rng_state(restored.state.rng)
-    choices = {**lane.choices, "train.threads": threads, **model.choices}
+    choices = {**lane.choices, "train.threads": threads, "parallel.engine": engine_choice, **model.choices}
     _record(session, setup, groups, choices)
     if alone:
         guard.check()
-    sharded = {name for name, rule in shard_rules(model.config).items() if rule.dim is not None}
     scan = model.choices.get("mimo")
     return Run(
         session=session,
@@ -174,10 +173,10 @@ def assemble(
         threads=int(threads.value),
         model=model,
         optimizer=optimizer,
-        engine=TorchEngine(model, optimizer, groups, sharded),
+        engine=engine,
         loader=loader,
         validation=corpus.validation,
-        kernels=KernelWatch(session.log, None if scan is None else scan.value),
+        kernels=_watch(session, lane, None if scan is None else scan.value),
         sinks=_sinks(session, groups, progress),
         progress=progress,
         first_step=progress.step,
@@ -206,12 +205,21 @@ def _sinks(session: Session, groups: Groups, progress: Progress) -> Sequence[Sin
     return open_sinks(session.config, session.run_dir, run_id=session.identity.run_id, first_step=progress.step)
 
 
+def _watch(session: Session, lane: Lane, backend: str | None) -> KernelWatch:
+    if lane.xla is None:
+        return KernelWatch(session.log, backend)
+    return CompileWatch(session.log, lane.xla, strict=session.config.xla.strict_compile)
+
+
 def _build_model(config: TrainConfig, lane: Lane, groups: Groups) -> HybridLM:
     parallel = None if groups.world.size == 1 else Parallel(groups, config.parallel.sequence_parallel)
     checkpointing = config.train.activation_checkpointing
     model = HybridLM(config.model.architecture(), activation_checkpointing=checkpointing, parallel=parallel)
     model.reset_parameters(config.train.seed)
     model.to(lane.device)
+    if lane.xla is not None and lane.xla.mesh is not None:
+        lane.xla.mesh.cut_parameters(model, model_partitions(model, lane.xla.shape))
+        lane.xla.mesh.keep_rows(between_blocks(model))
     train = config.train
     try:
         loss = requested_backend(train.loss_backend)

@@ -19,7 +19,7 @@ from apps.train.lane import Lane
 from apps.train.metrics import StepClock
 from libs.model import HybridLM
 from libs.model.hybrid import TargetCounts
-from libs.parallel.data import Engine, TorchEngine
+from libs.parallel.data import Engine
 from libs.parallel.exchange import gather_numbers, sum_numbers
 from libs.parallel.mesh import Groups, single
 
@@ -69,15 +69,16 @@ def accumulate_gradients(
     mtp_sums: list[Tensor] = []
     mtp_counts: list[Tensor] = []
     for number, (batch, n_targets) in enumerate(zip(batches, targets, strict=True)):
-        with lane.autocast():
-            out = model.loss(
-                batch.tokens.to(lane.device),
-                batch.labels.to(lane.device),
-                cu_seqlens=batch.cu_seqlens.to(lane.device),
-                counts=None if counts is None else counts[number],
-            )
-        share = out.loss * (n_targets / total)
         with nullcontext() if engine is None else engine.micro_batch(last=number == len(batches) - 1):
+            given = lane.place(batch)
+            with lane.autocast():
+                out = model.loss(
+                    given.tokens,
+                    given.labels,
+                    cu_seqlens=given.cu_seqlens,
+                    counts=None if counts is None else counts[number],
+                )
+            share = out.loss * (n_targets / total)
             share.backward()  # type: ignore[no-untyped-call]
         loss += share.detach()
         main_sum += out.main_nll_sum
@@ -117,7 +118,7 @@ def _summed(mine: Losses, mtp_nats: float, mtp_total: int, n_targets: int, group
 
 def train_step(
     model: HybridLM,
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
     batches: Sequence[Batch],
     *,
     rate: float,
@@ -125,14 +126,12 @@ def train_step(
     lane: Lane,
     clock: StepClock,
     groups: Groups | None = None,
-    engine: Engine | None = None,
 ) -> StepResult:
     """Update the weights once, unless loss or gradient is not finite on any rank; the gradients stay either way.
 
-    engine: None is plain PyTorch with `optimizer`.
+    groups: those of the engine, None in a single process.
     """
     groups = groups or single()
-    engine = engine or TorchEngine(model, optimizer, groups)
     with clock.phase("forward_backward"):
         engine.zero_grad()
         losses = accumulate_gradients(model, batches, lane, groups, engine)

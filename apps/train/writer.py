@@ -14,8 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
-import torch
-
+from apps.train.optim import AnyOptimizer, held_state
 from apps.train.save import (
     Saved,
     TrainerState,
@@ -94,9 +93,7 @@ class CheckpointWriter:
         """Whether a save has begun that is neither committed nor given up."""
         return self._pending is not None
 
-    def begin(
-        self, *, model: HybridLM, optimizer: torch.optim.Optimizer, tokenizer_file: Path, state: TrainerState
-    ) -> None:
+    def begin(self, *, model: HybridLM, optimizer: AnyOptimizer, tokenizer_file: Path, state: TrainerState) -> None:
         """Save the present step: committed when this returns, or once the thread is through.
 
         Raises:
@@ -117,9 +114,9 @@ class CheckpointWriter:
                 )
             else:
                 staging, stop = stage(final, groups), threading.Event()
-                state_json = state.model_dump_json(indent=1)
+                state_json, held = state.model_dump_json(indent=1), held_state(model, optimizer, groups)
                 with together(groups.world, f"copying what goes into {final}"):  # host memory may be short on one
-                    jobs = file_jobs(take_snapshot(model, optimizer, tokenizer_file, state_json, groups, copy=True))
+                    jobs = file_jobs(take_snapshot(model, held, tokenizer_file, state_json, groups, copy=True))
                 work = Background(groups.world, f"saving {final}", lambda: _write_until(stop, staging, jobs))
                 self._pending = _Pending(final, staging, started, jobs, stop, work)
                 return

@@ -29,7 +29,7 @@ class KvState(NamedTuple):
 
 def rotate(x_BSHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the pairs (e, e + K/2): (a, b) -> (a cos - b sin, a sin + b cos), keeping the dtype."""
-    cos_S1E, sin_S1E = (table_SE[:, None] for table_SE in rope)
+    cos_S1E, sin_S1E = (table_SE.unsqueeze(-2) for table_SE in rope)
     a, b = x_BSHK.chunk(2, dim=-1)
     return torch.cat([a * cos_S1E - b * sin_S1E, a * sin_S1E + b * cos_S1E], dim=-1).to(x_BSHK.dtype)
 
@@ -45,7 +45,8 @@ class Attention(nn.Module):
         self.qkv = Projection(hidden_size, (config.nheads + 2 * config.kv_heads) * config.head_dim)
         self.out = Projection(config.nheads * config.head_dim, hidden_size, role="output")
 
-    def _qkv(self, x_BSD: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BSD: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, S, H, K), keys and values (B, S, G, K); queries and keys rotated to their positions."""
         assert context.rope is not None, "a pattern with '*' computes rotary tables once per pass"
         heads = self.nheads + self.kv_heads
         packed = self.qkv(x_BSD).unflatten(-1, (heads + self.kv_heads, self.head_dim))
@@ -53,23 +54,32 @@ class Attention(nn.Module):
         qk = rotate(packed[:, :, :heads], context.rope)
         return qk[:, :, : self.nheads], qk[:, :, self.nheads :], packed[:, :, heads:]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, causal: bool = True) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, causal: bool = True) -> Tensor:
+        """(B, S, H, K) before the output projection; with more keys than queries these are the last tokens."""
         assert context.attention_backend is not None, "a pattern with '*' resolves its backend"
         if context.cp is not None:
-            out_BSHK = attention_context(q, k, v, shard=context.cp, backend=context.attention_backend)
-        else:
-            out_BSHK = attention(q, k, v, cu_seqlens=context.bounds, causal=causal, backend=context.attention_backend)
-        out_BSD: Tensor = self.out(out_BSHK.flatten(2))
+            return attention_context(q, k, v, shard=context.cp, backend=context.attention_backend)
+        return attention(
+            q, k, v, cu_seqlens=context.bounds, causal=causal, backend=context.attention_backend,
+            document_ids=context.document_ids,
+        )  # fmt: skip
+
+    def output(self, y_BSHK: Tensor) -> Tensor:
+        """The output projection (B, S, D) of what `attend` gave."""
+        out_BSD: Tensor = self.out(y_BSHK.flatten(2))
         return out_BSD
 
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
-        return self._attend(*self._qkv(x_BSD, context), context)
+        return self.output(self.attend(*self.project(x_BSD, context), context))
 
-    def prefill(self, x_BSD: Tensor, context: ForwardContext) -> tuple[Tensor, KvState]:
-        q, k, v = self._qkv(x_BSD, context)
-        return self._attend(q, k, v, context), KvState(k, v)
+    def prefill(self, x_BSD: Tensor, context: ForwardContext, state: KvState | None = None) -> tuple[Tensor, KvState]:
+        """As forward, after the tokens of an earlier `state` if one is given (`context` then counts from there)."""
+        q, k, v = self.project(x_BSD, context)
+        if state is not None:
+            k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)
+        return self.output(self.attend(q, k, v, context)), KvState(k, v)
 
     def step(self, x_B1D: Tensor, context: ForwardContext, state: KvState) -> tuple[Tensor, KvState]:
-        q, k, v = self._qkv(x_B1D, context)
+        q, k, v = self.project(x_B1D, context)
         state = KvState(torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1))
-        return self._attend(q, state.k, state.v, context, causal=False), state
+        return self.output(self.attend(q, state.k, state.v, context, causal=False)), state

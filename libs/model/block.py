@@ -54,9 +54,10 @@ class ResidualBlock(nn.Module):
         out: Tensor = x_BSD + leave(self.layer(self._normed(x_BSD, context), context), self.parallel)
         return out
 
-    def prefill(self, x_BSD: Tensor, context: ForwardContext) -> tuple[Tensor, LayerState]:
-        """As forward, and the state after the last token."""
-        y_BSD, state = self.layer.prefill(self._normed(x_BSD, context), context)
+    def prefill(self, x_BSD: Tensor, context: ForwardContext, state: LayerState = None) -> tuple[Tensor, LayerState]:
+        """As forward, and the state after the last token; from an earlier state of the same block if one is given."""
+        layer: Any = self.layer
+        y_BSD, state = layer.prefill(self._normed(x_BSD, context), context, state)
         return x_BSD + leave(y_BSD, self.parallel), state
 
     def step(self, x_B1D: Tensor, context: ForwardContext, state: LayerState) -> tuple[Tensor, LayerState]:

@@ -8,7 +8,7 @@ exact, for tests and small uses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -33,10 +33,12 @@ from libs.model.layers import (
     rope_tables,
 )
 from libs.model.mtp import IGNORE, MtpDepth, shift, within_document
+from libs.model.packing import STATIC_DEVICES, packed_rows
 from libs.model.pattern import LayerKind
 from libs.model.sharding import check_tensor_parallel
 from libs.parallel.context import ContextShard, slice_offsets
 from libs.parallel.mesh import Parallel, single
+from libs.parallel.recompute import recompute_on_xla
 from libs.parallel.tensor import enter, gather_columns, vocab_parallel_embedding, whole_tokens
 
 Checkpointing = Literal["none", "block"]
@@ -143,21 +145,38 @@ class HybridLM(nn.Module):
         """(V, D) of the output head (V / tp rows under tensor parallelism): the embedding's when tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def _context(self, tokens_BS: Tensor, cu_seqlens: Tensor | None, offset: int = 0) -> ForwardContext:
-        bounds = document_bounds(tokens_BS, cu_seqlens)
+    def pass_context(self, tokens_BS: Tensor, cu_seqlens: Tensor | None, offset: int = 0) -> ForwardContext:
+        """What the blocks share in a pass over these tokens; `offset` tokens of the same document come before them."""
         if tokens_BS.device.type != self._resolved_for:
             self._resolve_backends(tokens_BS.device)
+        if tokens_BS.device.type in STATIC_DEVICES:
+            return self._static_context(tokens_BS, cu_seqlens, offset)
+        bounds = document_bounds(tokens_BS, cu_seqlens)
         rope, shard = None, self._slice(tokens_BS.shape[1], bounds)
-        attention_config = self.config.attention
-        if attention_config is not None and LayerKind.ATTENTION in self.config.layers.kinds:
+        if LayerKind.ATTENTION in self.config.layers.kinds:
             positions_S = document_positions(tokens_BS.shape[1], bounds, tokens_BS.device) + offset
-            positions_S = positions_S if shard is None else shard.cut(positions_S, 0)
-            dtype = torch.float64 if self.final_norm.weight.dtype == torch.float64 else torch.float32
-            rope = rope_tables(positions_S, attention_config.head_dim, attention_config.rope_theta, dtype)
-        backends = {name: choice.value for name, choice in self.choices.items()}
-        mimo_backend, attention_backend = backends.get("mimo"), backends.get("attention")
+            rope = self._rope(positions_S if shard is None else shard.cut(positions_S, 0))
+        mimo_backend, attention_backend = self._chosen("mimo"), self._chosen("attention")
         seq_len = tokens_BS.shape[1] if shard is None else shard.stop - shard.start
         return ForwardContext(cu_seqlens, bounds, rope, mimo_backend, attention_backend, seq_len, shard)
+
+    def _static_context(self, tokens_BS: Tensor, cu_seqlens: Tensor | None, offset: int) -> ForwardContext:
+        """The same for a device that compiles for shapes; rows may be several, each with its own documents."""
+        rows, seq_len = tokens_BS.shape
+        packed = packed_rows(rows, seq_len, cu_seqlens).to(tokens_BS.device)
+        rope = self._rope(packed.positions + offset) if LayerKind.ATTENTION in self.config.layers.kinds else None
+        mimo_backend, attention_backend = self._chosen("mimo"), self._chosen("attention")
+        return ForwardContext(None, None, rope, mimo_backend, attention_backend, seq_len, packed=packed)
+
+    def _chosen(self, operator: str) -> str | None:
+        choice = self.choices.get(operator)
+        return None if choice is None else choice.value
+
+    def _rope(self, positions_S: Tensor) -> tuple[Tensor, Tensor]:
+        attention_config = self.config.attention
+        assert attention_config is not None, "a pattern with '*' has attention"
+        dtype = torch.float64 if self.final_norm.weight.dtype == torch.float64 else torch.float32
+        return rope_tables(positions_S, attention_config.head_dim, attention_config.rope_theta, dtype)
 
     def _slice(self, seq_len: int, bounds: list[int] | None) -> ContextShard | None:
         """This rank's slice of a row; None without context parallelism. Cuts fall on the scan's chunk grid."""
@@ -174,7 +193,7 @@ class HybridLM(nn.Module):
                 "scoring; load the model with cp=1"
             )
 
-    def _embed(self, tokens_BS: Tensor) -> Tensor:
+    def embed(self, tokens_BS: Tensor) -> Tensor:
         """(B, S, D), or this rank's tokens of it under sequence parallelism, as everywhere between layers."""
         if self.parallel is None:
             embedded: Tensor = self.embedding(tokens_BS)
@@ -184,7 +203,9 @@ class HybridLM(nn.Module):
     def _run(self, blocks: Iterable[nn.Module], x_BSD: Tensor, context: ForwardContext) -> Tensor:
         recompute = self.activation_checkpointing == "block" and torch.is_grad_enabled()
         for block in blocks:
-            if recompute:
+            if recompute and x_BSD.device.type in STATIC_DEVICES:
+                x_BSD = recompute_on_xla(block, x_BSD, context)
+            elif recompute:
                 x_BSD = checkpoint(block, x_BSD, context, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BSD = block(x_BSD, context)
@@ -208,11 +229,11 @@ class HybridLM(nn.Module):
         them.
 
         Args:
-            tokens_BS: ids. cu_seqlens: (n + 1,) document boundaries, needs B = 1; without it every row is one
-                document.
+            tokens_BS: ids. cu_seqlens: (n + 1,) document boundaries, needs B = 1 (not on XLA, where they count over all
+                rows and are best left on the CPU); without it every row is one document.
         """
-        context = self._context(tokens_BS, cu_seqlens)
-        hidden_BSD: Tensor = self.final_norm(self._run(self.blocks, self._embed(context.mine(tokens_BS)), context))
+        context = self.pass_context(tokens_BS, cu_seqlens)
+        hidden_BSD: Tensor = self.final_norm(self._run(self.blocks, self.embed(context.mine(tokens_BS)), context))
         return hidden_BSD
 
     def logits(self, tokens_BS: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -250,8 +271,8 @@ class HybridLM(nn.Module):
         counts: of the whole batch of which these rows are one rank's part (`target_counts`, summed); losses of the
         parts then add up to the loss of the whole.
         """
-        context = self._context(tokens_BS, cu_seqlens)
-        hidden_BSD = self._run(self.blocks, self._embed(context.mine(tokens_BS)), context)
+        context = self.pass_context(tokens_BS, cu_seqlens)
+        hidden_BSD = self._run(self.blocks, self.embed(context.mine(tokens_BS)), context)
         nll_sum = self._nll(self.final_norm(hidden_BSD), context.mine(labels_BS)).sum()
         divisor = (labels_BS != IGNORE).sum() if counts is None else nll_sum.new_tensor(counts.main)
         total = nll_sum / divisor.clamp(min=1)
@@ -259,10 +280,13 @@ class HybridLM(nn.Module):
         sums, found = [], []
         for ahead, depth in enumerate(self.mtp, start=1):
             assert isinstance(depth, MtpDepth)
-            inside_S = within_document(tokens_BS.shape[1], ahead, context.bounds, tokens_BS.device)
+            if context.packed is None:
+                inside_S = within_document(tokens_BS.shape[1], ahead, context.bounds, tokens_BS.device)
+            else:
+                inside_S = context.packed.within(ahead)
             # Past the document's end the input is token 0: a constant, and those positions have no target.
             # Shifted as whole rows: the tokens ahead of a slice's last ones are the next rank's.
-            ahead_BSD = self._embed(context.mine(shift(tokens_BS, ahead, inside_S, 0)))
+            ahead_BSD = self.embed(context.mine(shift(tokens_BS, ahead, inside_S, 0)))
             hidden_BSD = self._run(depth.blocks, depth.join(hidden_BSD, ahead_BSD), context)
             targets_BS = shift(labels_BS, ahead, inside_S, IGNORE)
             depth_sum = self._nll(depth.final_norm(hidden_BSD), context.mine(targets_BS)).sum()
@@ -273,33 +297,47 @@ class HybridLM(nn.Module):
         return LossOutput(total, nll_sum.detach(), n_tokens, tuple(sums), tuple(found))
 
     @torch.no_grad()
-    def prefill(self, tokens_BS: Tensor) -> tuple[Tensor, LMState]:
-        """Logits (B, V) after the last token, and the state to `step` from. All rows have the same length."""
+    def prefill(self, tokens_BS: Tensor, state: LMState | None = None) -> tuple[Tensor, LMState]:
+        """Logits (B, V) after the last token, and the state to `step` or to prefill from. All rows have one length.
+
+        state: after earlier tokens of the same rows; it stays valid. The result is that of one call up to rounding, and
+        the states of mixers that of one call by bits where the cut is on the chunk grid.
+        """
         self._refuse_slices("prefill")
-        context = self._context(tokens_BS, None)
-        x_BSD = self._embed(tokens_BS)
+        before = 0 if state is None else state.position
+        context = self.pass_context(tokens_BS, None, offset=before)
+        x_BSD = self.embed(tokens_BS)
+        earlier: Sequence[LayerState] = [None] * len(self.blocks) if state is None else state.layers
         states = []
-        for block in self._trunk():
-            x_BSD, state = block.prefill(x_BSD, context)
-            states.append(state)
-        return self._last_logits(x_BSD, context), LMState(tuple(states), tokens_BS.shape[1])
+        for block, layer_state in zip(self.trunk, earlier, strict=True):
+            x_BSD, new_state = block.prefill(x_BSD, context, layer_state)
+            states.append(new_state)
+        return self._last_logits(x_BSD, context), LMState(tuple(states), before + tokens_BS.shape[1])
 
     @torch.no_grad()
     def step(self, token_B: Tensor, state: LMState) -> tuple[Tensor, LMState]:
         """Logits (B, V) after one more token per row. The given state stays valid: nothing is in place."""
         self._refuse_slices("step")
         tokens_B1 = token_B[:, None]
-        context = self._context(tokens_B1, None, offset=state.position)
-        x_B1D = self._embed(tokens_B1)
+        context = self.pass_context(tokens_B1, None, offset=state.position)
+        x_B1D = self.embed(tokens_B1)
         states = []
-        for block, layer_state in zip(self._trunk(), state.layers, strict=True):
+        for block, layer_state in zip(self.trunk, state.layers, strict=True):
             x_B1D, new_state = block.step(x_B1D, context, layer_state)
             states.append(new_state)
         return self._last_logits(x_B1D, context), LMState(tuple(states), state.position + 1)
 
-    def _trunk(self) -> list[ResidualBlock]:
+    @property
+    def trunk(self) -> list[ResidualBlock]:
+        """The blocks before the final norm, in order."""
         return [block for block in self.blocks if isinstance(block, ResidualBlock)]
 
     def _last_logits(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
         last_BD = whole_tokens(x_BSD, self.parallel, context.seq_len)[:, -1]
         return gather_columns(F.linear(self.final_norm(last_BD), self.head_weight), self._tp)
+
+
+def between_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that take the residual stream, (B, S, D): every block and every norm after the last one."""
+    taken = (module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] == "final_norm")
+    return [*(module for module in model.modules() if isinstance(module, ResidualBlock)), *taken]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from libs.model.packing import PackedRows
 from libs.parallel.context import ContextShard
 from libs.parallel.mesh import Group, Parallel
 from libs.parallel.tensor import sum_gradient
@@ -26,12 +27,14 @@ class ForwardContext(NamedTuple):
     Attributes:
         cu_seqlens: (n + 1,) document boundaries of a packed row, None when each row is one document.
         bounds: the same as Python integers, read from the device once per pass.
-        rope: cos and sin, each (S, E), of positions that restart at every document; None without attention.
+        rope: cos and sin, each (S, E) or (B, S, E), of positions that restart at every document; None without
+            attention.
         mimo_backend, attention_backend: resolved names, never "auto"; None where the pattern has no such
             layer.
         seq_len: S, the tokens a layer works on; between layers sequence parallelism holds fewer.
         cp: this rank's slice of the row under context parallelism; `rope` and `seq_len` are then the slice's, and the
             boundaries the whole row's.
+        packed: on devices that compile for shapes, in place of `cu_seqlens` and `bounds`, which are None there.
     """
 
     cu_seqlens: Tensor | None
@@ -41,6 +44,12 @@ class ForwardContext(NamedTuple):
     attention_backend: str | None
     seq_len: int
     cp: ContextShard | None = None
+    packed: PackedRows | None = None
+
+    @property
+    def document_ids(self) -> Tensor | None:
+        """(B, S) numbers of the documents where operators take them as a tensor of static shape."""
+        return None if self.packed is None else self.packed.ids_BS
 
     def mine(self, u_BS: Tensor) -> Tensor:
         """This rank's tokens of a tensor of the whole row."""
@@ -103,9 +112,10 @@ def at_least_fp32(tensor: Tensor) -> Tensor:
 
 
 def rope_tables(positions_S: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (S, head_dim / 2), of position * theta^(-2e / head_dim) (Su et al. 2021)."""
+    """cos and sin, each (S, head_dim / 2), of position * theta^(-2e / head_dim) (Su et al. 2021); (B, S) gives
+    (B, S, head_dim / 2)."""
     exponent_E = torch.arange(0, head_dim, 2, device=positions_S.device, dtype=dtype) / head_dim
-    angle_SE = positions_S.to(dtype)[:, None] * torch.pow(theta, -exponent_E)
+    angle_SE = positions_S.to(dtype)[..., None] * torch.pow(theta, -exponent_E)
     return angle_SE.cos(), angle_SE.sin()
 
 

@@ -34,8 +34,8 @@ def a_activation(x: Tensor, kind: AActivation) -> Tensor:
     return torch.where(x >= 0, 1 + x, 1 / (1 - x.clamp(max=0)))
 
 
-class _Operands(NamedTuple):
-    """Operands of the scan, token axis second: (B,S,...)."""
+class ScanOperands(NamedTuple):
+    """Operands of the scan, token axis second: (B,S,...); of one step without it."""
 
     q_BSRGN: Tensor
     k_BSRGN: Tensor
@@ -74,7 +74,8 @@ class MambaMixer(nn.Module):
         self.mimo_o = nn.Parameter(torch.empty(heads, rank, config.headdim))
         self.out_norm = nn.Parameter(torch.empty(heads, config.headdim)) if config.outproj_norm else None
 
-    def _operands(self, u_BSD: Tensor) -> _Operands:
+    def operands(self, u_BSD: Tensor) -> ScanOperands:
+        """What the scan takes of each token. Raises UserError when parameters that must stay fp32 did not."""
         cfg = self.config
         if self.dt_bias.dtype not in (torch.float32, torch.float64):
             raise UserError(
@@ -89,7 +90,7 @@ class MambaMixer(nn.Module):
         decay_BSH = a_activation(at_least_fp32(dd_a), cfg.a_activation).clamp(min=cfg.a_floor)
         angles_BS1A = at_least_fp32(self.angle_proj(u_BSD)).unsqueeze(2)
         heads = (cfg.nheads, cfg.headdim)
-        return _Operands(
+        return ScanOperands(
             q_BSRGN=q_BSRGN,
             k_BSRGN=k_BSRGN,
             v_BSHP=x.unflatten(-1, heads),
@@ -100,9 +101,11 @@ class MambaMixer(nn.Module):
             angles_BSHA=angles_BS1A.expand(-1, -1, cfg.nheads, -1),
         )
 
-    def _scan(self, u_BSD: Tensor, context: ForwardContext, return_state: bool) -> Any:
+    def _scan(
+        self, u_BSD: Tensor, context: ForwardContext, return_state: bool, initial: MimoState | None = None
+    ) -> Any:
         assert context.mimo_backend is not None, "a pattern with 'M' resolves its backend"
-        ops = self._operands(u_BSD)
+        ops = self.operands(u_BSD)
         operands = (
             ops.q_BSRGN,
             ops.k_BSRGN,
@@ -126,35 +129,49 @@ class MambaMixer(nn.Module):
         if context.cp is not None:
             assert not return_state, "decode has no context parallelism"
             return mamba3_mimo_context(*operands, shard=context.cp, **options)
-        return mamba3_mimo(*operands, return_state, context.cu_seqlens, **options)  # type: ignore[call-overload]
+        return mamba3_mimo(  # type: ignore[call-overload]
+            *operands,
+            return_state,
+            context.cu_seqlens,
+            initial_state=initial,
+            document_ids=context.document_ids,
+            **options,
+        )
 
     def forward(self, u_BSD: Tensor, context: ForwardContext) -> Tensor:
         out: Tensor = self.out_proj(self._scan(u_BSD, context, False).flatten(2))
         return out
 
-    def prefill(self, u_BSD: Tensor, context: ForwardContext) -> tuple[Tensor, MimoState]:
-        y_BSHP, state = self._scan(u_BSD, context, True)
+    def prefill(
+        self, u_BSD: Tensor, context: ForwardContext, state: MimoState | None = None
+    ) -> tuple[Tensor, MimoState]:
+        """As forward, from an earlier `state` if given; the bits of one call where the cut is on the chunk grid."""
+        y_BSHP, state = self._scan(u_BSD, context, True, state)
         return self.out_proj(y_BSHP.flatten(2)), state
 
     def step(self, u_B1D: Tensor, context: ForwardContext, state: MimoState) -> tuple[Tensor, MimoState]:
-        ops = _Operands(*(operand.squeeze(1) for operand in self._operands(u_B1D)))
-        y_BHP, state = mamba3_mimo_step(
+        token = ScanOperands(*(operand.squeeze(1) for operand in self.operands(u_B1D)))
+        y_BHP, state = self.advance(token, state)
+        return self.out_proj(y_BHP.flatten(1)).unsqueeze(1), state
+
+    def advance(self, token: ScanOperands, state: MimoState) -> tuple[Tensor, MimoState]:
+        """One token of the recurrence: (B,H,P) before the output projection, and the new state."""
+        return mamba3_mimo_step(
             state,
-            ops.q_BSRGN,
-            ops.k_BSRGN,
-            ops.v_BSHP,
-            ops.adt_BSH,
-            ops.dt_BSH,
-            ops.trap_BSH,
+            token.q_BSRGN,
+            token.k_BSRGN,
+            token.v_BSHP,
+            token.adt_BSH,
+            token.dt_BSH,
+            token.trap_BSH,
             self.C_bias,
             self.B_bias,
             self.mimo_x,
             self.mimo_z,
             self.mimo_o,
-            ops.angles_BSHA,
+            token.angles_BSHA,
             self.D,
-            ops.z_BSHP,
+            token.z_BSHP,
             rotary_dim_divisor=self.config.rotary_dim_divisor,
             norm_weight=self.out_norm,
         )
-        return self.out_proj(y_BHP.flatten(1)).unsqueeze(1), state

@@ -30,7 +30,7 @@ class GatedMlp(nn.Module):
         out: Tensor = self.down(F.silu(gate_BSW) * up_BSW)
         return out
 
-    def prefill(self, x_BSD: Tensor, context: ForwardContext) -> tuple[Tensor, None]:
+    def prefill(self, x_BSD: Tensor, context: ForwardContext, state: None = None) -> tuple[Tensor, None]:
         return self(x_BSD, context), None
 
     def step(self, x_B1D: Tensor, context: ForwardContext, state: None) -> tuple[Tensor, None]:

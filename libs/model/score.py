@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from libs.model.hybrid import HybridLM
+from libs.model.packing import STATIC_DEVICES
 from libs.parallel.context import slice_offsets
 
 Ids: TypeAlias = NDArray[np.integer]
@@ -77,30 +78,37 @@ def score_documents(
             reason = f"{len(ids)} tokens, more than max_tokens={max_tokens}"
         full = waiting and sum(len(other) for _, other in waiting) + len(ids) > max_tokens
         if reason is not None or full or len(waiting) == batch_documents:
-            yield from _score_packed(model, waiting, token_bytes)
+            yield from _score_packed(model, waiting, token_bytes, max_tokens)
             waiting = []
         if reason is None:
             waiting.append((index, ids))
         else:
             none = np.empty(0, dtype=np.int64)
             yield DocumentScore(index, len(ids), none.astype(np.float64), none, none, reason)
-    yield from _score_packed(model, waiting, token_bytes)
+    yield from _score_packed(model, waiting, token_bytes, max_tokens)
 
 
 def _score_packed(
-    model: HybridLM, documents: list[tuple[int, NDArray[np.int64]]], token_bytes: NDArray[np.integer]
+    model: HybridLM,
+    documents: list[tuple[int, NDArray[np.int64]]],
+    token_bytes: NDArray[np.integer],
+    max_tokens: int,
 ) -> Iterator[DocumentScore]:
     if not documents:
         return
     device = model.head_weight.device
     packed = np.concatenate([ids for _, ids in documents])
     bounds = np.cumsum([0, *(len(ids) for _, ids in documents)])
+    if device.type in STATIC_DEVICES and len(packed) < max_tokens:
+        # One length for every pass; what fills it up is a document of its own.
+        packed = np.append(packed, np.zeros(max_tokens - len(packed), packed.dtype))
+        bounds = np.append(bounds, max_tokens)
     labels = np.append(packed[1:], -100)  # a document's last entry is computed with the others and not read
     rows = [torch.from_numpy(row)[None].to(device) for row in (packed, labels)]
     with torch.no_grad():
         nll = _whole_rows(model, rows[0], rows[1], torch.from_numpy(bounds.astype(np.int32)).to(device))
-    bits = nll[0].double().cpu().numpy() / math.log(2)
-    for (index, ids), start, end in zip(documents, bounds[:-1], bounds[1:], strict=True):
+    bits = nll[0].cpu().double().numpy() / math.log(2)
+    for (index, ids), start, end in zip(documents, bounds[:-1], bounds[1:], strict=False):
         sizes = token_bytes[ids].astype(np.int64)
         offsets = np.cumsum(sizes) - sizes
         yield DocumentScore(index, len(ids), bits[start : end - 1].copy(), sizes[1:], offsets[1:], None)

@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from libs.flags.errors import UserError
 from libs.model.config import AttentionConfig, MixerConfig, MlpConfig, ModelConfig
 from libs.model.pattern import LayerKind
+from libs.parallel.xla.topology import MeshShape, Partition, parameter_partition
 
 
 class Segment(NamedTuple):
@@ -119,6 +120,15 @@ def shard_rules(config: ModelConfig) -> dict[str, ShardRule]:
         own = ("hidden_norm.weight", "embedding_norm.weight", "join_proj.weight", "final_norm.weight")
         rules |= {prefix + name: REPLICATED for name in own} | _block_rules(config, kinds, prefix)
     return rules
+
+
+def model_partitions(model: nn.Module, mesh: MeshShape) -> dict[str, Partition]:
+    """How each parameter of a `HybridLM` is cut over an XLA mesh: these rules' axis over tensor, another over fsdp.
+
+    A packed parameter is cut into equal rows there, across its segments: XLA keeps the meaning and moves data instead.
+    """
+    rules = shard_rules(model.config)  # type: ignore[arg-type]
+    return {name: parameter_partition(p.shape, rules[name].dim, mesh) for name, p in model.named_parameters()}
 
 
 def _demands(config: ModelConfig) -> dict[str, tuple[int, ...]]:

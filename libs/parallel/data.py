@@ -6,7 +6,7 @@ Not for Megatron's engine (`megatron_engine`), nor for gradients of replicated p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -27,7 +27,7 @@ class Engine(Protocol):
         """Forget the gradients of the last step."""
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
-        """Around the backward of each micro-batch."""
+        """Around forward and backward of each micro-batch."""
 
     def local_norm(self) -> float:
         """2-norm of what this rank holds before anything is exchanged: not finite where something broke here."""
@@ -35,8 +35,28 @@ class Engine(Protocol):
     def reduce(self) -> Tensor:
         """Complete the gradients over all ranks; the norm of the whole model's gradient, equal on every rank."""
 
+    def gradients(self) -> Mapping[str, Tensor]:
+        """This rank's gradients by parameter name, for a report of a step that is left out."""
+
     def update(self, *, rate: float, clip_norm: float | None, norm: Tensor) -> None:
         """Clip to `clip_norm` and let the optimizer move the weights. `norm`: what `reduce` returned."""
+
+    def settle(self) -> None:
+        """Complete what the last update left under way: before weights are read outside of a micro-batch."""
+
+
+class PiecedState(Protocol):
+    """Optimizer state of which the ranks of `dp_cp` hold pieces of parameters that no other layout could read.
+
+    Keys are "<part>/<parameter name>" with the parts "step", "exp_avg" and "exp_avg_sq"; tensors are of whole
+    parameters, those of one tensor-parallel rank.
+    """
+
+    def collect_state(self) -> dict[str, Tensor]:
+        """This rank's share of all parameters' state, on the host; empty before the first update. A collective."""
+
+    def restore_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the pieces this rank holds out of all parameters' state. No collective."""
 
 
 def buckets(tensors: Sequence[Tensor], limit: int = BUCKET_BYTES) -> Iterator[list[Tensor]]:
@@ -99,6 +119,9 @@ class TorchEngine:
         pairs = [(p.grad, name in self._sharded) for name, p in self._named if p.grad is not None]
         return total_gradient_norm(pairs, self._groups.tp)
 
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self._named if p.grad is not None}
+
     def update(self, *, rate: float, clip_norm: float | None, norm: Tensor) -> None:
         if clip_norm is not None:
             with_gradient = [p for _, p in self._named if p.grad is not None]
@@ -106,3 +129,6 @@ class TorchEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
+
+    def settle(self) -> None:
+        """Nothing: an update is complete when it returns."""

@@ -39,28 +39,44 @@ class _Item(NamedTuple):
 
 @contextmanager
 def connect(
-    layout: Layout, *, backend: str, timeout: timedelta = DEFAULT_TIMEOUT, this: Launch | None = None
+    layout: Layout,
+    *,
+    backend: str,
+    timeout: timedelta = DEFAULT_TIMEOUT,
+    this: Launch | None = None,
+    even_alone: bool = False,
 ) -> Iterator[Groups]:
     """Join the job that torchrun started, make the layout's groups, and leave it whatever happens.
 
-    A single process opens no process group. `this`: the launch, read from the environment by default.
+    A single process opens no process group, unless `even_alone`: a library may ask for one (its groups here are still
+    those of one process). `this`: the launch, read from the environment by default.
 
     Raises:
         UserError: the layout does not fit the number of processes, or the others could not be reached in time.
     """
     this = launch() if this is None else this
     check_layout(layout, this.world_size)
-    if this.world_size == 1:
+    if this.world_size == 1 and not even_alone:
         yield open_groups(layout, backend, timeout)
         return
-    store = _rendezvous(this, timeout)
-    # The agent's store may outlive a restart, and what dead ranks left in it must not be read again.
-    for_torch, for_us = (_prefixed(f"{prefix}/{this.attempt}", store) for prefix in ("torch", "fathom"))
+    for_torch, for_us = (_hash_store(), None) if this.world_size == 1 else _stores(this, timeout)
     dist.init_process_group(backend, store=for_torch, rank=this.rank, world_size=this.world_size, timeout=timeout)
     try:
         yield open_groups(layout, backend, timeout, store=for_us)
     finally:
         dist.destroy_process_group()
+
+
+def _stores(this: Launch, timeout: timedelta) -> tuple[Any, Any]:
+    """Torch's part of the rendezvous store, and ours."""
+    store = _rendezvous(this, timeout)
+    # The agent's store may outlive a restart, and what dead ranks left in it must not be read again.
+    return _prefixed(f"torch/{this.attempt}", store), _prefixed(f"fathom/{this.attempt}", store)
+
+
+def _hash_store() -> Any:
+    """A store inside this process."""
+    return dist.HashStore()  # type: ignore[attr-defined]
 
 
 def _prefixed(prefix: str, store: Any) -> Any:

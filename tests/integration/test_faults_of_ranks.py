@@ -31,7 +31,10 @@ def stop(run_dir: Path, rank: int = 0) -> dict[str, Any]:
     ("options", "said"),
     [
         ({"variables": {1: {"FATHOM_AUTO_PLAN": "x"}}}, "rank 1 differs in set-up: 'GateRefused: FATHOM_AUTO_PLAN=x"),
-        ({"variables": {1: {"FATHOM_SPLIT_SCAN": "auto"}}}, "rank 1 differs in "),
+        (
+            {"variables": {1: {"FATHOM_PREFIX_CACHE": "memory_only"}}},
+            "rank 1 differs in gate prefix_cache: \"'memory_only'\", but rank 0 has \"'off'\"",
+        ),
         ({"words_of": {1: ["--optim.lr", "3e-4"]}}, "rank 1 differs in config optim.lr: '0.0003', but rank 0 has"),
         ({"words_of": {1: ["--parallel.tp", "2"]}}, "rank 1 differs in config parallel.tp: '2', but rank 0 has '1'"),
         ({"prepare": job_faults.has_other_code}, "rank 1 differs in code: 'edited'"),
@@ -87,6 +90,9 @@ def test_a_signal_anywhere(
     assert committed_steps(run)[-1] == step
     for rank in (0, 1):
         assert check_log(run, rank=rank).violations == ()
+        # A validation under way is given up by all, not waited for.
+        evaluated = [event["step"] for event in of(run, "eval.result", rank)]
+        assert evaluated == ([0] if step > 0 else [])
 
 
 def test_a_nan_names_its_rank(run_job: RunJob, recipe: Path, tmp_path: Path) -> None:
@@ -118,6 +124,20 @@ def test_a_rank_that_is_lost_stops_the_others(
     assert reason in stop(run)["reason"]
     assert reason in of(run, "anomaly.generic")[0]["details"]["reason"]
     assert committed_steps(run) == [2]
+
+
+def test_a_run_without_a_name_on_several_machines(run_job: RunJob, recipe: Path, tmp_path: Path) -> None:
+    """Each machine would look for the run of the first attempt on its own: said before the first one begins."""
+    agents = {"LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_MAX_RESTARTS": "2"}
+    words = ("--recipe", recipe, "--log.runs_dir", tmp_path / "runs")
+    ended = run_job(*words, variables={0: agents, 1: agents})
+    assert ended.statuses == [2, 2], ended.said
+    assert all("may restart this job 2 times on several machines" in text for text in ended.said)
+    assert not (tmp_path / "runs").exists()
+    never = agents | {"TORCHELASTIC_MAX_RESTARTS": "0"}
+    assert run_job(*words, "--train.stop_after", "1", variables={0: never, 1: never}).statuses == [75, 75]
+    named = ("--recipe", recipe, "--run-dir", tmp_path / "run", "--train.stop_after", "1")
+    assert run_job(*named, variables={0: agents, 1: agents}).statuses == [75, 75]
 
 
 def test_a_restart_by_torchrun_goes_on(run_job: RunJob, recipe: Path, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from libs.flags.logcheck import check_log
 from libs.flags.runlog import log_path, read_events
@@ -71,8 +73,35 @@ def test_killed_five_times(run_job: RunJob, start: Start, words: tuple[str, ...]
     assert [check_log(run, rank=rank).violations for rank in range(4)] == [()] * 4
 
 
-def check_order(whole: Path, run: Path) -> None:
-    """Each attempt goes on where its checkpoint ended; put together, no step and no window is missing or twice."""
+@pytest.mark.slow
+def test_killed_on_one_layout_ends_with_the_same_bits(
+    run_job: RunJob, start: Start, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    whole, run, draw = tmp_path / "whole", tmp_path / "run", random.Random(11)
+    layout = ("--parallel.dp", "1", "--parallel.tp", "2", "--parallel.sequence_parallel", "true")
+    assert run_job(*words, *layout, "--run-dir", whole).statuses == [0, 0]
+    kill_within(start(*words, *layout, "--run-dir", run), run, after_step=4, draw=draw)
+    for _ in range(2):
+        kill_within(start("--resume", run), run, after_step=max(steps_of(run)) + 3, draw=draw)
+    assert run_job("--resume", run).statuses == [0, 0]
+    assert len(attempts(run)) == 4
+    kept, unbroken = check_order(whole, run)
+    for step, event in unbroken.items():
+        assert (kept[step]["loss"], kept[step]["grad_norm"]) == (event["loss"], event["grad_norm"]), step
+    last = f"checkpoints/step-{STEPS:08d}"
+    names = sorted(path.name for path in (whole / last).glob("*.safetensors"))
+    assert len(names) == 4, "weights and optimizer of each rank"
+    for name in names:
+        one, other = (load_file(path / last / name) for path in (whole, run))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+def check_order(whole: Path, run: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
+    """Each attempt goes on where its checkpoint ended; put together, no step and no window is missing or twice.
+
+    The steps of `run` that its last checkpoint stands on, and those of `whole`.
+    """
     kept: dict[int, dict[str, Any]] = {}
     for events in attempts(run):
         restored = [event["step"] for event in events if event["event"] == "checkpoint.restore"]
@@ -93,3 +122,4 @@ def check_order(whole: Path, run: Path) -> None:
         [e["metrics"]["bpb"] for e in read_events(path) if e["event"] == "eval.result"][-1] for path in (whole, run)
     ]
     assert last[0] == pytest.approx(last[1], rel=2e-3)
+    return kept, unbroken

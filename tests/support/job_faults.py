@@ -87,6 +87,21 @@ def has_a_nan(rank: int) -> None:
     _before_step(rank, lambda run: run.model.final_norm.weight.register_hook(lambda grad: grad * float("nan")))
 
 
+def has_a_nan_once(rank: int) -> None:
+    def spoil(run: Any) -> None:
+        handle = run.model.final_norm.weight.register_hook(lambda grad: grad * float("nan"))
+        after = loop.one_step
+
+        def wrapped(run: Any) -> None:
+            if run.progress.step == BROKEN_STEP:
+                handle.remove()
+            after(run)
+
+        loop.one_step = wrapped
+
+    _before_step(rank, spoil)
+
+
 def has_other_code(rank: int) -> None:
     if rank == BROKEN_RANK:
         ranks.code_version = lambda: "edited"

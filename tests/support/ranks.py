@@ -38,7 +38,7 @@ def _run(function: RankFunction, rank: int, layout: Layout, port: int, pipe: Con
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         launch = Launch(rank, rank, layout.world_size, 0)
-        with connect(layout, backend="gloo", timeout=TIMEOUT, this=launch) as groups:
+        with connect(layout, backend="gloo", timeout=TIMEOUT, this=launch, even_alone=True) as groups:
             pipe.send((True, function(groups)))
             groups.world.barrier()
     except BaseException:

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: no such checkpoint, or a damaged one.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     # Inside, because these imports take seconds that `--help` need not wait for.
     from apps.train.checkpoint.export import export
     from apps.train.checkpoint.inspect import inspect, verify
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The options of `fathom checkpoint verify`, `inspect` and `export`."""
     parser = argparse.ArgumentParser(prog="fathom checkpoint", description="Saved checkpoints of a run.")
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("verify", help="check every checksum and every tensor's extent", allow_abbrev=False)
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     take = commands.add_parser("export", help="write a folder with the model for `fathom eval`", allow_abbrev=False)
     for command in (check, show, take):
         command.add_argument("path", type=Path, help=_PATH)
-    show.add_argument("--json", action="store_true")
+    show.add_argument("--json", action="store_true", help="print JSON")
     take.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
     return parser
 

@@ -20,11 +20,12 @@ _INTERRUPTED = 128 + signal.SIGINT
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     return _build(arguments) if arguments.command == "build" else _inspect(arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The options of `fathom data build` and `fathom data inspect`."""
     defaults = BuildOptions()
     parser = argparse.ArgumentParser(prog="fathom data", description="C++ source to training documents.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -43,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         default = getattr(defaults, name)
         make.add_argument(f"--{name.replace('_', '-')}", default=default, help=f"{text}; default: {default}")
     show = commands.add_parser("inspect", help="show what is in a data directory", allow_abbrev=False)
-    show.add_argument("directory", type=Path)
-    show.add_argument("--json", action="store_true")
+    show.add_argument("directory", type=Path, help="of `fathom data build`")
+    show.add_argument("--json", action="store_true", help="print JSON")
     show.add_argument("--split", choices=("train", "valid"), default="train", help="of the example")
     show.add_argument(
         "--example",

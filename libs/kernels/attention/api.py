@@ -14,6 +14,7 @@ from torch import Tensor
 
 from libs.kernels.attention.reference import attention_reference
 from libs.kernels.attention.sdpa import attention_sdpa
+from libs.kernels.attention.xla import attention_xla
 from libs.kernels.backend import Choice, Probe, pick
 
 _DEVICES = ("cpu", "cuda", "meta")
@@ -23,11 +24,15 @@ def _probe(device_type: str) -> str | None:
     return None if device_type in _DEVICES else f"it needs one of {', '.join(_DEVICES)}"
 
 
-BACKENDS: Mapping[str, Probe] = {"sdpa": _probe, "reference": _probe}
+def _needs_xla(device_type: str) -> str | None:
+    return None if device_type == "xla" else "it is a loop for XLA devices"
+
+
+BACKENDS: Mapping[str, Probe] = {"sdpa": _probe, "reference": _probe, "xla": _needs_xla}
 
 
 def choose_backend(requested: str, device: torch.device) -> Choice:
-    """Resolve "auto" | "sdpa" | "reference" on `device`. Raises ValueError when one cannot run there."""
+    """Resolve "auto" | "sdpa" | "reference" | "xla" on `device`. Raises ValueError when one cannot run there."""
     return pick("attention", requested, device.type, BACKENDS)
 
 
@@ -40,6 +45,7 @@ def attention(
     causal: bool = True,
     scale: float | None = None,
     backend: str = "auto",
+    document_ids: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T + mask) v, every query head reading key/value head h // (H / G).
 
@@ -50,7 +56,8 @@ def attention(
             boundaries 0 = b_0 < ... < b_n = S with B = 1; a query sees keys of its own document only.
         causal: a query sees no later key.
         scale: 1 / sqrt(D) when None.
-        backend: "auto", "sdpa" or "reference".
+        backend: "auto", "sdpa", "reference", or on XLA devices "xla".
+        document_ids: (B, S) integers in place of cu_seqlens, for "xla": the number of the document each token is in.
 
     Returns:
         (B, S, H, D) in q's dtype.
@@ -61,6 +68,13 @@ def attention(
     bounds = _check(q_BSHD, k_BTGD, v_BTGD, cu_seqlens, causal)
     scale = q_BSHD.shape[-1] ** -0.5 if scale is None else scale
     choice = choose_backend(backend, q_BSHD.device)
+    if choice.value == "xla":
+        if bounds is not None:
+            edges = torch.tensor(bounds[1:-1])
+            document_ids = torch.bucketize(torch.arange(bounds[-1]), edges, right=True)[None].to(q_BSHD.device)
+        return attention_xla(q_BSHD, k_BTGD, v_BTGD, document_ids, causal, scale)
+    if document_ids is not None:
+        raise ValueError(f"document_ids are for backend 'xla', {choice.value!r} takes cu_seqlens")
     run = attention_sdpa if choice.value == "sdpa" else attention_reference
     return run(q_BSHD, k_BTGD, v_BTGD, bounds, causal, scale)
 

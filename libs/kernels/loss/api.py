@@ -16,6 +16,7 @@ from libs.kernels.loss import liger
 from libs.kernels.loss.chunked import default_chunk_tokens, linear_cross_entropy_chunked, no_autocast
 from libs.kernels.loss.reference import linear_cross_entropy_reference
 from libs.kernels.loss.vocab_parallel import Reducer, linear_cross_entropy_vocab_parallel
+from libs.kernels.loss.xla import linear_cross_entropy_xla
 
 _DEVICES = ("cpu", "cuda", "meta")
 
@@ -24,12 +25,21 @@ def _probe(device_type: str) -> str | None:
     return None if device_type in _DEVICES else f"it needs one of {', '.join(_DEVICES)}"
 
 
+def _needs_xla(device_type: str) -> str | None:
+    return None if device_type == "xla" else "it is a loop for XLA devices"
+
+
 # "auto" never comes to liger, since chunked runs wherever it does: it is asked for by name (see `gates`).
-BACKENDS: Mapping[str, Probe] = {"chunked": _probe, "reference": _probe, "liger": liger.refusal}
+BACKENDS: Mapping[str, Probe] = {
+    "chunked": _probe,
+    "reference": _probe,
+    "liger": liger.refusal,
+    "xla": _needs_xla,
+}
 
 
 def choose_backend(requested: str, device: torch.device) -> Choice:
-    """Resolve "auto" | "chunked" | "reference" | "liger" on `device`. Raises ValueError when one cannot run there."""
+    """Resolve "auto" or the name of a backend on `device`. Raises ValueError when one cannot run there."""
     return pick("linear_cross_entropy", requested, device.type, BACKENDS)
 
 
@@ -51,7 +61,8 @@ def linear_cross_entropy(
     Args:
         hidden_TD, weight_VD: floating point; labels_T: integers in [0, V) or `ignore_index`.
         chunk_tokens: tokens whose logits exist at one time; None picks by vocabulary and device. liger has its own.
-        backend: "auto", "chunked", "reference" (which does hold T x V) or "liger"; the last two run on one rank only.
+        backend: "auto", "chunked", "reference" (which does hold T x V), "liger", or on XLA devices "xla"; the last
+            three run on one rank only.
         group: ranks that each hold V consecutive rows of a weight of size * V rows; hidden and labels (of the whole
             vocabulary) are the same on all. Then hidden's gradient is **this rank's share**: the caller sums it over
             the group (`libs.parallel.tensor.enter` does, or reduce-scatters it). The weight's is complete.
@@ -88,6 +99,8 @@ def linear_cross_entropy(
         if choice.value == "liger":
             return liger.linear_cross_entropy_liger(hidden_TD, weight_VD, labels_T, ignore_index)
         chunk = chunk_tokens or default_chunk_tokens(weight_VD.shape[0], device_type)
+        if choice.value == "xla":
+            return linear_cross_entropy_xla(hidden_TD, weight_VD, labels_T, ignore_index, chunk)
         if group is not None and group.size > 1:
             return linear_cross_entropy_vocab_parallel(hidden_TD, weight_VD, labels_T, ignore_index, chunk, group)
         return linear_cross_entropy_chunked(hidden_TD, weight_VD, labels_T, ignore_index, chunk)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Logits of one chunk: a cache's worth on a CPU, enough rows to fill the matrix units on an accelerator.
-_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
+_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27, "xla": 2**27}
 
 
 def default_chunk_tokens(vocab: int, device_type: str) -> int:

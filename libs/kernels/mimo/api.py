@@ -15,7 +15,9 @@ from typing import Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
+from libs.flags.installed import value_of
 from libs.kernels.backend import Choice, pick
+from libs.kernels.chunk_loop import Driver
 from libs.kernels.mimo.chunked import mimo_chunked
 from libs.kernels.mimo.reference import mimo_reference
 from libs.kernels.mimo.shapes import (
@@ -28,12 +30,17 @@ from libs.kernels.mimo.shapes import (
     check_state,
     checked_boundaries,
 )
+from libs.kernels.mimo.xla.scan import PSIV_STAGES, document_ids, mimo_xla
 
 Backend: TypeAlias = Callable[[MimoInputs, Dims, MimoState | None], MimoResult]
 
 
 def _runs_anywhere(device_type: str) -> str | None:
     return None if device_type in ("cpu", "cuda", "meta") else "plain torch kernels are checked on cpu and cuda only"
+
+
+def _needs_xla(device_type: str) -> str | None:
+    return None if device_type == "xla" else "it is a loop for XLA devices"
 
 
 def _needs_hopper(device_type: str) -> str | None:
@@ -46,10 +53,12 @@ def _needs_hopper(device_type: str) -> str | None:
 
 
 # "auto" takes the first that runs. The Hopper kernels come last, so they are taken by name only, until a receipt shows
-# that they win end to end.
+# that they win end to end. "xla" is one while loop over chunks, "xla_loop" the same unrolled into the graph.
+XLA_DRIVERS: Mapping[str, Driver] = {"xla": "scan", "xla_loop": "loop"}
 BACKENDS: Mapping[str, Callable[[str], str | None]] = {
     "chunked": _runs_anywhere,
     "reference": _runs_anywhere,
+    **dict.fromkeys(XLA_DRIVERS, _needs_xla),
     "tilelang": _needs_hopper,
 }
 
@@ -66,7 +75,7 @@ def mamba3_mimo(
     Z: Tensor | None, chunk_size: int, rotary_dim_divisor: int, dtype: torch.dtype | None,
     return_state: Literal[False] = False, cu_seqlens: Tensor | None = None, *,
     initial_state: MimoState | None = None, norm_weight: Tensor | None = None, norm_eps: float = 1e-5,
-    backend: str = "auto",
+    backend: str = "auto", document_ids: Tensor | None = None,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -77,7 +86,7 @@ def mamba3_mimo(
     Z: Tensor | None, chunk_size: int, rotary_dim_divisor: int, dtype: torch.dtype | None,
     return_state: Literal[True], cu_seqlens: Tensor | None = None, *,
     initial_state: MimoState | None = None, norm_weight: Tensor | None = None, norm_eps: float = 1e-5,
-    backend: str = "auto",
+    backend: str = "auto", document_ids: Tensor | None = None,
 ) -> tuple[Tensor, MimoState]: ...  # fmt: skip
 
 
@@ -87,7 +96,7 @@ def mamba3_mimo(
     Z: Tensor | None, chunk_size: int, rotary_dim_divisor: int, dtype: torch.dtype | None,
     return_state: bool = False, cu_seqlens: Tensor | None = None, *,
     initial_state: MimoState | None = None, norm_weight: Tensor | None = None, norm_eps: float = 1e-5,
-    backend: str = "auto",
+    backend: str = "auto", document_ids: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, MimoState]:  # fmt: skip
     """The Mamba-3 MIMO scan (Lahoti et al. 2026): rotation, trapezoidal recurrence, gate and sum over ranks.
 
@@ -105,7 +114,10 @@ def mamba3_mimo(
             term restart at each.
         initial_state: one row per sequence; feeding a sequence in two calls equals one call.
         norm_weight: (H,P) turns the output norm on: RMSNorm over P, before the gate.
-        backend: "auto", "chunked", "reference" or "tilelang" (bf16 on Hopper, shapes of its tile table).
+        backend: "auto", "chunked", "reference", "tilelang" (bf16 on Hopper, shapes of its tile table), or on XLA
+            devices "xla" and "xla_loop".
+        document_ids: (B,S) int32 in place of cu_seqlens, for the XLA backends: the number of the document each token is
+            in, rising along a row. Its shape does not depend on how many there are, so nothing is compiled again.
 
     Returns:
         (B,S,H,P), or (B,S,R,H,P) when MIMO_Out is None; with `return_state` also a `MimoState`.
@@ -132,6 +144,15 @@ def mamba3_mimo(
             )
             out = out.to(V.dtype if dtype is None else dtype)
             return (out, state) if return_state else out
+        if choice.value in XLA_DRIVERS:
+            out, state = _on_xla(
+                inputs, dims, chunk_size, rotary_dim_divisor, norm_eps, initial_state, cu_seqlens, document_ids,
+                XLA_DRIVERS[choice.value], return_state,
+            )  # fmt: skip
+            out = out.to(V.dtype if dtype is None else dtype)
+            return (out, state) if return_state else out
+        if document_ids is not None:
+            raise ValueError(f"document_ids are for the XLA backends, backend {choice.value!r} takes cu_seqlens")
         bounds = None if cu_seqlens is None else check_boundaries(cu_seqlens, dims)
         if choice.value == "reference":
 
@@ -165,6 +186,29 @@ def _on_hopper(
     return mimo_sm90(
         inputs, dims, chunk_size, rotary_dim_divisor, norm_eps, state, bounds, return_state=return_state
     )  # fmt: skip
+
+
+def _on_xla(
+    inputs: MimoInputs, dims: Dims, chunk_size: int, rotary_dim_divisor: int, norm_eps: float,
+    state: MimoState | None, cu_seqlens: Tensor | None, ids_BS: Tensor | None, driver: Driver, return_state: bool,
+) -> MimoResult:  # fmt: skip
+    psiv = value_of("psiv_cache") in PSIV_STAGES
+
+    def run(part: MimoInputs, part_dims: Dims, state: MimoState | None) -> MimoResult:
+        return mimo_xla(
+            part, part_dims, chunk_size, rotary_dim_divisor, norm_eps, state, ids_BS, driver=driver, psiv=psiv
+        )
+
+    if cu_seqlens is not None:
+        if ids_BS is not None:
+            raise ValueError("cu_seqlens and document_ids say the same thing: give one of them")
+        bounds = check_boundaries(cu_seqlens, dims)
+        if return_state or state is not None:
+            return _document_by_document(run, inputs, dims, bounds, state)
+        ids_BS = document_ids(bounds, dims.S).to(inputs.v.device)
+    if ids_BS is not None and tuple(ids_BS.shape) != (dims.B, dims.S):
+        raise ValueError(f"document_ids must be (B,S) = {(dims.B, dims.S)}, got {tuple(ids_BS.shape)}")
+    return run(inputs, dims, state)
 
 
 def _document_by_document(

@@ -12,6 +12,7 @@ import re
 from typing import Any, NamedTuple
 
 HOPPER = "tilelang"
+XLA = ("xla", "xla_loop")
 _SHARED_TILE = re.compile(r"T\.(?:sblock_)?alloc_buffer\(\(([\d, ]+)\)(?:, \"\w+\")?, scope=\"shared")
 TILE_RANK = 2  # dimensions of the tiles that a TMA box fills
 SPLITS = 2
@@ -63,6 +64,10 @@ def capabilities(backend: str, geometry: Geometry) -> Capabilities:
     Raises:
         UserError: the geometry is not in the backend's table of shapes; the message names the nearest ones.
     """
+    if backend in XLA:
+        from libs.kernels.mimo.xla.scan import PSIV_STAGES
+
+        return Capabilities(PSIV_STAGES, (), False)
     if backend != HOPPER:
         return NOTHING
     from libs.kernels.mimo.sm90 import kernel_set

@@ -122,10 +122,12 @@ def self_test(
         raise UserError(f"self-test in {dtype}: known are {', '.join(str(known) for known in LIMITS)}")
     against = ORACLE if tokens is None else EXACT
     length, bounds = packed_sequence(geometry.C, tokens)
-    generator = torch.Generator(device).manual_seed(SEED)
+    # Operands and oracle are on the device itself, but for XLA, which has neither fp64 units nor such generators.
+    home = torch.device("cpu") if device.type == "xla" else device
+    generator = torch.Generator(home).manual_seed(SEED)
     given = random_operands(geometry, length, dtype, generator)
-    d_out = torch.randn(given["V"].shape, generator=generator, device=device).to(dtype)
-    got = _of_backend(backend, geometry, given, bounds, d_out, gates)
+    d_out = torch.randn(given["V"].shape, generator=generator, device=home).to(dtype)
+    got = _of_backend(backend, geometry, given, bounds, d_out, gates, device)
     want = _of_heads(against, geometry, given, bounds, d_out)
     errors = {name: relative_error(got[name], want[name]) for name in want}
     words = {} if gates is None else {name: str(value) for name, value in vars(gates).items()}
@@ -188,27 +190,25 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 def _of_backend(
     backend: str, geometry: Geometry, given: Mapping[str, Tensor], bounds: list[int], d_out: Tensor,
-    gates: KernelGates | None,
+    gates: KernelGates | None, device: torch.device | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """ "out" and every gradient, as the backend gives them."""
-    leaves = {name: u.detach().requires_grad_() for name, u in given.items()}
+    """ "out" and every gradient, as the backend gives them on `device`, where the operands were."""
+    home = d_out.device
+    device = home if device is None else device
+    leaves = {name: u.detach().to(device).requires_grad_() for name, u in given.items()}
     with torch.enable_grad():
         out = (
             _hopper(geometry, leaves, bounds, gates)
             if gates is not None
             else _public(backend, geometry, leaves, bounds)
         )
-        torch.autograd.backward(out, d_out.to(out.dtype))
-    if gates is not None:
-        _release(leaves["MIMO_V"])
-    return {"out": out.detach()} | _grads(leaves)
+        torch.autograd.backward(out, d_out.to(out.device, out.dtype))
+    found = {"out": out.detach()} | _grads(leaves)
+    if device.type == "xla":
+        import torch_xla  # one program for all results; reading them one by one would compile one for each
 
-
-def _release(psi: Tensor) -> None:
-    """A layer-sized PsiV buffer for operands that are about to go would be memory lost to the run."""
-    from libs.kernels.mimo.sm90.psiv import POOL
-
-    POOL.release(psi)
+        torch_xla.sync()
+    return {name: u.to(home) for name, u in found.items()}
 
 
 def _hopper(geometry: Geometry, operands: Mapping[str, Tensor], bounds: list[int], gates: KernelGates) -> Tensor:

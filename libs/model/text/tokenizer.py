@@ -181,6 +181,10 @@ class Tokenizer:
         values = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
         return b"".join(b"" if i in self._special else self._pieces[i] for i in values)
 
+    def decode_generated(self, ids: Iterable[int]) -> bytes:
+        """As `decode`; ids that only the model has stand for no bytes, since its vocabulary may be padded."""
+        return self.decode(i for i in ids if i < self.vocab_size)
+
     def piece(self, token_id: int) -> bytes:
         """The bytes of one id, or the name of a special token (for showing)."""
         return self._pieces[token_id] if token_id not in self._special else self.name_of(token_id).encode()

@@ -17,7 +17,7 @@ def test_it_fits_or_it_does_not(train: Train, recipe: Path, capsys: pytest.Captu
     words = ["--recipe", recipe, "--dry-run"]
     assert train(*words, "--train.device_memory", "1GB") == 0
     said = capsys.readouterr().out
-    for part in ("45,032", "optimizer", "activations", "FLOPs per token", "0.931 GiB (train.device_memory)"):
+    for part in ("45,032", "optimizer", "activations", "FLOPs per token", "953.7 MiB (train.device_memory)"):
         assert part in said
     assert train(*words, "--train.device_memory", "100KB") == 2
     assert "DOES NOT FIT" in capsys.readouterr().out
@@ -34,11 +34,11 @@ def test_the_large_recipe_is_planned_without_the_device(train: Train, capsys: py
     assert "NVIDIA B200" in capsys.readouterr().err
 
 
-def total(said: str, title: str) -> int:
-    """The last row of a table of the plan."""
-    rows = said[said.index(title) :].splitlines()
-    row = next(line for line in rows if line.startswith("│ total"))
-    return int(row.split("│")[2].strip().replace(",", ""))
+def row(said: str, title: str, name: str) -> list[str]:
+    """The cells of a row of a table of the plan."""
+    lines = said[said.index(title) :].splitlines()
+    found = next(line for line in lines if line.startswith(f"│ {name} "))
+    return [cell.strip() for cell in found.split("│")[2:-1]]
 
 
 def test_the_plan_of_eight_ranks(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,10 +47,15 @@ def test_the_plan_of_eight_ranks(train: Train, capsys: pytest.CaptureFixture[str
     assert train(*words) == 0
     said = capsys.readouterr().out
     replicated = 4 * 8  # whatever is whole on every rank is counted eight times
-    whole, of_rank = parameter_count(preset("h200_8x")).total, total(said, "parameters of one of 8 ranks")
+    whole = parameter_count(preset("h200_8x")).total
+    of_rank = int(row(said, "parameters of one of 8 ranks", "total")[0].replace(",", ""))
     assert whole / 8 < of_rank < whole / 8 + whole / replicated
-    assert "with gate psiv_cache, off here: 0.875 GiB more" in said  # 8192 tokens, 16 heads of 64, rank 4, 14 layers
     sent = " ".join(said.split())
+    assert "psiv_cache │ 0.000 GiB │ 0.875 GiB" in sent  # 8192 tokens, 16 heads of 64, rank 4, 14 layers
+    off, on = (float(cell.split()[0]) for cell in row(said, "memory of one training step on each rank", "total"))
+    assert on - off == pytest.approx(0.875, abs=2e-3)
+    assert f"the estimate of {off:.3f} GiB fits" in said
+    assert f"with gate psiv_cache on instead: the estimate of {on:.3f} GiB fits" in said
     # 34 blocks, 8 micro-batches of 8192 tokens: output in bf16 forward twice, input's gradient in fp32.
     layers = 34 * 8 * 8192 * 4096 * (2 * 2 + 4) * 2 * 7 / 8 / 2**30
     assert f"tp layers │ {layers:.3f} GiB" in sent
@@ -90,7 +95,9 @@ def test_gates_are_planned_for_the_device_that_is_not_here(
     assert train(*HOPPER, *SMALLER) == 0
     said = " ".join(capsys.readouterr().out.split())
     # 1024 tokens, 16 of 128 heads of 64, rank 4, two bytes, 14 layers.
-    assert f"psiv_cache │ {1024 * 16 * 64 * 4 * 2 * 14 / 2**30:.3f} GiB" in said
+    assert f"psiv_cache │ 0.000 GiB │ {1024 * 16 * 64 * 4 * 2 * 14 / 2**30:.3f} GiB" in said
+    assert "psiv_cache on (as set)" in said
+    assert "with gate psiv_cache off instead: the estimate of" in said
     assert train(*HOPPER[:3], *SMALLER) == 78
     assert "scan backend chunked has no stage gmem_pool" in capsys.readouterr().err
     monkeypatch.setenv("FATHOM_SPLIT_SCAN", "on")

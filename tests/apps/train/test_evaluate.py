@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from apps.train.config import DataSection, TrainSection
-from apps.train.evaluate import choose_documents, validate
+from apps.train.evaluate import BATCH_DOCUMENTS, _in_rounds, choose_documents, validate
 from apps.train.lane import Lane, choose_lane
 from apps.train.signals import Interrupted, Received, SignalGuard
 from libs.flags.errors import UserError
 from libs.model import HybridLM, ModelConfig, preset
+from libs.model.score import DocumentScore
 from libs.model.text.shards import DataDir
+from libs.parallel.mesh import single
 
 
 @pytest.fixture
@@ -48,6 +52,20 @@ def test_long_documents_are_left_out_and_counted(corpus: Path) -> None:
     assert sorted(chosen.indices) == [i for i, n in enumerate(lengths) if n <= limit]
     with pytest.raises(UserError, match="held-out"):
         choose_documents(data, DataSection(valid_document_tokens=2))
+
+
+def test_ranks_look_for_signals_together_every_few_documents() -> None:
+    """As many looks whatever a rank's share holds, and no document after a signal that was there at the look."""
+    guard, looks = SignalGuard(), 3
+    scores = [DocumentScore(n, 2, np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64), None) for n in range(20)]
+    for share in (scores, scores[:3], []):
+        assert list(_in_rounds(iter(share), looks, guard, single())) == share
+    watched = _in_rounds(iter(scores), looks, guard, single())
+    assert list(itertools.islice(watched, BATCH_DOCUMENTS - 3)) == scores[: BATCH_DOCUMENTS - 3]
+    guard.received = Received("SIGTERM", "evaluation")
+    assert list(itertools.islice(watched, 3)) == scores[BATCH_DOCUMENTS - 3 : BATCH_DOCUMENTS]
+    with pytest.raises(Interrupted, match="a signal to rank 0"):
+        next(watched)
 
 
 def test_a_signal_ends_the_evaluation(corpus: Path, lane: Lane) -> None:

@@ -148,7 +148,7 @@ def test_killed_while_saving(
     assert_same_run(whole, run, step=8)
 
 
-@pytest.mark.parametrize("name", ["build_optimizer", "_build_model"])
+@pytest.mark.parametrize("name", ["build_engine", "_build_model"])
 def test_killed_in_start_up(
     train: Train, recipe: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -15,6 +15,8 @@ from apps.train.metrics import StepClock
 from apps.train.optim import build_optimizer
 from apps.train.step import accumulate_gradients, train_step
 from libs.model import HybridLM, ModelConfig, preset
+from libs.parallel.data import TorchEngine
+from libs.parallel.mesh import single
 
 
 @pytest.fixture
@@ -81,8 +83,8 @@ def test_clipping_scales_all_gradients_by_one_factor(lane: Lane) -> None:
     free = gradients(model)
     norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in free.values()))
     clip = norm / 7
-    optimizer = build_optimizer(model, OptimSection())
-    result = train_step(model, optimizer, [one], rate=0.0, clip_norm=clip, lane=lane, clock=StepClock(lane.device))
+    engine = TorchEngine(model, build_optimizer(model, OptimSection()), single())
+    result = train_step(model, engine, [one], rate=0.0, clip_norm=clip, lane=lane, clock=StepClock(lane.device))
     assert result.grad_norm == pytest.approx(norm, rel=1e-5)
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, free[name] / 7, rtol=1e-4, atol=1e-9)
@@ -92,10 +94,10 @@ def test_clipping_scales_all_gradients_by_one_factor(lane: Lane) -> None:
 def test_the_rate_is_applied_and_the_clock_runs(precision: str) -> None:
     lane = choose_lane(TrainSection.model_validate({"device": "cpu", "precision": precision}))
     model, one = HybridLM(config(mtp=True)), batch([20, 12], 5)
-    optimizer = build_optimizer(model, OptimSection(lr=1.0))
+    engine = TorchEngine(model, build_optimizer(model, OptimSection(lr=1.0)), single())
     clock = StepClock(lane.device)
     before = [p.detach().clone() for p in model.parameters()]
-    train_step(model, optimizer, [one], rate=1e-3, clip_norm=None, lane=lane, clock=clock)
+    train_step(model, engine, [one], rate=1e-3, clip_norm=None, lane=lane, clock=clock)
     moved = max(float((a - b.detach()).abs().max()) for a, b in zip(before, model.parameters(), strict=True))
     assert 1e-4 < moved < 2e-3  # AdamW's first step moves each weight by the rate
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -108,8 +110,9 @@ def test_one_process_is_plain_pytorch_bit_for_bit(lane: Lane) -> None:
     ours, plain, parts = HybridLM(config(mtp=True)), HybridLM(config(mtp=True)), [batch([20, 12], 5), batch([30], 6)]
     optimizers = build_optimizer(ours, OptimSection()), build_optimizer(plain, OptimSection())
     total = sum(int((part.labels >= 0).sum()) for part in parts)
+    engine = TorchEngine(ours, optimizers[0], single())
     for _ in range(3):
-        train_step(ours, optimizers[0], parts, rate=1e-2, clip_norm=0.5, lane=lane, clock=StepClock(lane.device))
+        train_step(ours, engine, parts, rate=1e-2, clip_norm=0.5, lane=lane, clock=StepClock(lane.device))
         optimizers[1].zero_grad()
         for part in parts:
             share = int((part.labels >= 0).sum()) / total
@@ -128,7 +131,8 @@ def test_a_nonfinite_loss_leaves_the_weights(lane: Lane) -> None:
         model.embedding.weight[int(one.tokens[0, 3])] = float("nan")
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = build_optimizer(model, OptimSection())
-    result = train_step(model, optimizer, [one], rate=1.0, clip_norm=1.0, lane=lane, clock=StepClock(lane.device))
+    engine = TorchEngine(model, optimizer, single())
+    result = train_step(model, engine, [one], rate=1.0, clip_norm=1.0, lane=lane, clock=StepClock(lane.device))
     assert result.nonfinite == "loss"
     for old, new in zip(before, model.parameters(), strict=True):
         assert torch.equal(old.nan_to_num(7), new.nan_to_num(7))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from apps.train import save, snapshot
+from apps.train.optim import optimizer_tensors
 from apps.train.writer import CheckpointWriter
 from libs.flags.errors import UserError
 from libs.model.checkpoint import verify_checkpoint
@@ -64,11 +65,11 @@ def test_files_are_those_of_a_save_in_the_step(tmp_path: Path, parts: dict[str, 
 def test_later_steps_do_not_reach_the_files(tmp_path: Path, parts: dict[str, Any], gate: threading.Event) -> None:
     model, optimizer = whole_run(1)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    moments = {key: tensor.clone() for key, tensor in snapshot.optimizer_tensors(model, optimizer).items()}
+    moments = {key: tensor.clone() for key, tensor in optimizer_tensors(model, optimizer).items()}
     with writer(tmp_path, Listener()) as under_test:
         under_test.begin(state=state_of(1), **{**parts, "model": model, "optimizer": optimizer})
         with torch.no_grad():
-            for tensor in (*model.parameters(), *snapshot.optimizer_tensors(model, optimizer).values()):
+            for tensor in (*model.parameters(), *optimizer_tensors(model, optimizer).values()):
                 tensor.fill_(7.0)
         under_test.poll()
         assert save.committed_steps(tmp_path) == []
@@ -78,7 +79,7 @@ def test_later_steps_do_not_reach_the_files(tmp_path: Path, parts: dict[str, Any
     path = save.choose_checkpoint(tmp_path, None)
     assert all(torch.equal(p, before[n]) for n, p in load_model(path).named_parameters())
     save.restore_optimizer(path, model, optimizer)
-    assert all(torch.equal(t, moments[key]) for key, t in snapshot.optimizer_tensors(model, optimizer).items())
+    assert all(torch.equal(t, moments[key]) for key, t in optimizer_tensors(model, optimizer).items())
 
 
 def test_a_second_save_finishes_the_first(tmp_path: Path, parts: dict[str, Any]) -> None:

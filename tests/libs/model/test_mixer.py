@@ -77,7 +77,7 @@ def test_equals_the_document(build: Build, changes: dict[str, Any], backend: str
     mixer = model.blocks[0].layer
     u = torch.randn(1, 19, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        context = model._context(torch.zeros(1, 19, dtype=torch.long), None)
+        context = model.pass_context(torch.zeros(1, 19, dtype=torch.long), None)
         torch.testing.assert_close(mixer(u, context)[0], by_hand(mixer, u[0]), rtol=1e-8, atol=1e-8)
 
 
@@ -99,7 +99,7 @@ def test_a_bias_added_before_the_norm_is_caught(build: Build, which: str) -> Non
     u = torch.randn(1, 19, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     norm, bias = getattr(mixer, f"{which}_norm"), getattr(mixer, f"{which}_bias")
     with torch.no_grad():
-        context = model._context(torch.zeros(1, 19, dtype=torch.long), None)
+        context = model.pass_context(torch.zeros(1, 19, dtype=torch.long), None)
         expected = by_hand(mixer, u[0])
         moved = bias.clone()
         bias.zero_()

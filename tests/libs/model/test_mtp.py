@@ -74,7 +74,7 @@ def test_depth_one_predicts_the_token_after_next_from_the_next(build: Build) -> 
     with torch.no_grad():
         got = model.loss(tokens, labels).mtp_nll_sums[0].item()
         embedded = model.embedding(tokens)
-        context = model._context(tokens, None)
+        context = model.pass_context(tokens, None)
         hidden = model.blocks[0](embedded, context)
         depth = model.mtp[0]
         pair = torch.cat([depth.hidden_norm(hidden[:, :-1]), depth.embedding_norm(embedded[:, 1:])], -1)

@@ -46,6 +46,14 @@ def test_one_process_opens_nothing_and_agrees_with_itself() -> None:
     agree(single(), {"gates": "abc"})
 
 
+def test_one_process_opens_a_group_where_a_library_asks_for_one() -> None:
+    with connect(Layout(), backend="gloo", this=Launch(0, 0, 1, 0), even_alone=True) as groups:
+        assert dist.get_world_size() == 1
+        assert (groups.world.size, groups.dp_cp.process_group, groups.store) == (1, None, None)
+        agree(groups, {"gates": "a"})
+    assert not dist.is_initialized()
+
+
 def test_a_layout_is_refused_before_anyone_is_waited_for() -> None:
     with (
         pytest.raises(UserError, match="= 2 processes, but there are 4"),

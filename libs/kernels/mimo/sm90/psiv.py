@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from libs.kernels.mimo.sm90.gates import Psiv
 
@@ -41,18 +42,26 @@ def materialise(v_BSHP: Tensor, psi_HRP: Tensor) -> Tensor:
 
 
 class _Slot:
-    """One buffer and how often it was handed out."""
+    """One buffer, how often it was handed out, and the weight it is for: held weakly, a model may go."""
 
-    def __init__(self, buffer: Tensor) -> None:
-        self.buffer, self.generation = buffer, 0
+    def __init__(self, psi: Tensor, buffer: Tensor, generation: int) -> None:
+        self.buffer, self.generation = buffer, generation
+        self._weight = StorageWeakRef(psi.untyped_storage())  # type: ignore[no-untyped-call]
+
+    @property
+    def weight_is_gone(self) -> bool:
+        """Then no backward can come either: a graph in flight keeps the weight."""
+        gone: bool = self._weight.expired()  # type: ignore[no-untyped-call]
+        return gone
 
 
 class PsivPool:
     """One buffer per PsiV weight, that is per layer: the same address in every step, so CUDA graphs can be captured.
 
     A buffer belongs to one forward and its backward, never to two steps: handing it out again ends the earlier lease,
-    and a backward that comes after that is refused. A weight that is cast anew in every step has no address of its own
-    and is refused to more than `limit` buffers.
+    and a backward that comes after that is refused. The buffer of a weight that is gone goes when the next new weight
+    comes. So a weight that is cast anew in every step has a new buffer in every step, and no address to capture; more
+    than `limit` live ones are refused.
 
     Args:
         poison: fill a buffer with NaN whenever it is handed out (tests).
@@ -66,11 +75,14 @@ class PsivPool:
         """The buffer for the layer whose weight is `psi`, and the generation under which it was handed out."""
         key = (psi.data_ptr(), psi.device)
         slot = self._slots.get(key)
+        if slot is None or slot.weight_is_gone:
+            self._drop_buffers_of_gone_weights()
+            slot = None
         if slot is None or slot.buffer.shape != shape or slot.buffer.dtype != dtype:
             assert len(self._slots) < self._limit, "psi has a new address in every step: give the parameter itself"
             earlier = 0 if slot is None else slot.generation
-            slot = self._slots[key] = _Slot(torch.empty(shape, dtype=dtype, device=psi.device))
-            slot.generation = earlier
+            buffer = torch.empty(shape, dtype=dtype, device=psi.device)
+            slot = self._slots[key] = _Slot(psi, buffer, earlier)
         slot.generation += 1
         if self._poison:
             slot.buffer.data.fill_(float("nan"))  # as kernels write: torch counts no version
@@ -90,13 +102,13 @@ class PsivPool:
                 "keeps PsiV; run backward before the next forward, or set psiv_cache to off or python_precompute"
             )
 
-    def release(self, psi: Tensor) -> None:
-        """Give back the buffer of a weight that no forward will use again, if it has one."""
-        self._slots.pop((psi.data_ptr(), psi.device), None)
+    def _drop_buffers_of_gone_weights(self) -> None:
+        self._slots = {key: slot for key, slot in self._slots.items() if not slot.weight_is_gone}
 
     @property
     def bytes(self) -> int:
-        """What all buffers take."""
+        """What the buffers of living weights take."""
+        self._drop_buffers_of_gone_weights()
         return sum(slot.buffer.nbytes for slot in self._slots.values())
 
 

@@ -89,6 +89,14 @@ def test_special_ids_stand_for_no_bytes_and_are_the_same_everywhere(bpe: Tokeniz
     assert plain.vocab_size == 256 + len(SPECIAL_TOKENS)
 
 
+def test_generated_ids_beyond_the_vocabulary_stand_for_no_bytes(bpe: Tokenizer) -> None:
+    ids = bpe.encode(b"int x;").tolist()
+    padded = [ids[0], bpe.vocab_size, *ids[1:], bpe.vocab_size + 40]
+    assert bpe.decode_generated(padded) == b"int x;"
+    with pytest.raises(IndexError):
+        bpe.decode(padded)
+
+
 def test_surrogate_escapes_are_the_bytes_they_stand_for(bpe: Tokenizer) -> None:
     raw = b"caf\xe9.h"
     np.testing.assert_array_equal(bpe.encode(raw.decode("utf-8", "surrogateescape")), bpe.encode(raw))

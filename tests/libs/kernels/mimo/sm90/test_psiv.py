@@ -124,3 +124,29 @@ def test_weights_without_an_address_of_their_own_are_noticed() -> None:
         pool.lease(psi, (4,), torch.float32)
     with pytest.raises(AssertionError, match="give the parameter itself"):
         pool.lease(weights[2], (4,), torch.float32)
+
+
+def test_the_buffers_of_a_model_that_is_gone_go_with_it(pool: psiv.PsivPool) -> None:
+    """But not those of one whose backward is still to come."""
+    kept = require_grad(operands(FULL, seed=0))
+    _forward(kept, "gmem_pool").sum().backward()
+    one_layer = pool.bytes
+    leaves = require_grad(operands(FULL, seed=1))
+    pending = _forward(leaves, "gmem_pool")
+    del leaves
+    assert pool.bytes == 2 * one_layer
+    pending.sum().backward()
+    del pending
+    assert pool.bytes == one_layer
+    _forward(kept, "gmem_pool").sum().backward()
+
+
+def test_a_new_weight_at_an_old_address_has_a_buffer_of_its_own() -> None:
+    pool, old, new = psiv.PsivPool(), torch.ones(8), torch.ones(8)
+    pool.lease(old, (4,), torch.float32)
+    (slot,) = pool._slots.values()
+    del old
+    pool._slots = {(new.data_ptr(), new.device): slot}  # as if the allocator had put the new one there
+    buffer, generation = pool.lease(new, (4,), torch.float32)
+    assert buffer is not slot.buffer
+    assert (generation, len(pool._slots)) == (1, 1)

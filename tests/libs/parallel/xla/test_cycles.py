@@ -1,0 +1,71 @@
+"""The modelled time of a compiled program: loops multiply, the longest branch counts, kernels are told apart."""
+
+from __future__ import annotations
+
+from libs.parallel.xla.cycles import Loop, modelled_cycles
+
+PROGRAM = """HloModule step, entry_computation_layout={()->f32[]}
+
+%inner_body (p: f32[]) -> f32[] {
+  %a = f32[] add(p, p), backend_config={"estimated_cycles":"7"}
+}
+
+%inner_condition (p: f32[]) -> pred[] {
+  %bound = u32[] constant(5)
+}
+
+%body (p: f32[]) -> f32[] {
+  %b = f32[] multiply(p, p), backend_config={"estimated_cycles":"100"}
+  %w = f32[] while(%b), condition=%inner_condition, body=%inner_body
+  %r = f32[] all-reduce(%w), replica_groups={}
+}
+
+%condition (p: f32[]) -> pred[] {
+  %bound = s64[] constant(9)
+}
+
+%short (p: f32[]) -> f32[] {
+  %s = f32[] add(p, p), backend_config={"estimated_cycles":"1"}
+}
+
+%long (p: f32[]) -> f32[] {
+  %l = f32[] add(p, p), backend_config={"estimated_cycles":"50"}
+}
+
+%endless (p: f32[]) -> pred[] {
+  %nothing = pred[] constant(true)
+}
+
+ENTRY %main (p: f32[]) -> f32[] {
+  %x = f32[] fusion(p), backend_config={"estimated_cycles":"1000"}
+  %loop = f32[] while(%x), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"10"}}
+  %c = f32[] conditional(%x, p, p), branch_computations={%short, %long}
+  %k = f32[] custom-call(%c), custom_call_target="tpu_custom_call"
+  %g = f32[] all-gather-start(%k), dimensions={0}
+  %t = f32[] call(%g), to_apply=%long
+  %u = f32[] while(%t), condition=%endless, body=%short
+}
+"""
+
+
+def test_loops_branches_and_calls_are_counted() -> None:
+    found = modelled_cycles(PROGRAM)
+    inner, outer = 7, 100 + 5 * 7
+    assert found.cycles == 1000 + 10 * outer + 50 + 50 + 1
+    assert Loop("inner_body", 5, inner) in found.loops
+    assert Loop("body", 10, outer) in found.loops
+    assert found.unknown == ("short",)
+    assert found.uncounted == 1
+    assert found.unestimated == 0
+    assert found.collectives == {"all-reduce": 10, "all-gather": 1}
+
+
+def test_an_operation_without_an_estimate_is_told_not_added() -> None:
+    text = PROGRAM.replace('"estimated_cycles":"7"', '"estimated_cycles":"18446744073709551615"')
+    found = modelled_cycles(text)
+    assert found.cycles == modelled_cycles(PROGRAM).cycles - 10 * 5 * 7
+    assert found.unestimated == 10 * 5
+
+
+def test_a_changed_trip_count_changes_the_time() -> None:
+    assert modelled_cycles(PROGRAM.replace('"n":"10"', '"n":"11"')).cycles - modelled_cycles(PROGRAM).cycles == 135

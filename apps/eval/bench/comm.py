@@ -1,6 +1,7 @@
-"""`fathom bench comm`: bytes and time of the scan under context parallelism, state hand-over against all-to-all.
+"""`fathom bench comm`: bytes and time of the scan under context parallelism, state hand-over against all-to-all; the
+speed-up of a whole step. Measured with gloo processes on this machine.
 
-Measured with gloo processes on this machine. Not a statement about NCCL or NVLink: bytes carry over, times do not.
+Not a statement about NCCL or NVLink: bytes carry over, times do not.
 """
 # S tokens of the whole row
 
@@ -13,8 +14,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from apps.eval.bench.comm_job import METHODS, CommPlan, run_job
+from apps.eval.bench.comm_step import STEP_METHODS
 from apps.eval.bench.ops import RedGate
-from apps.eval.bench.receipt import Aim, Check, Code, Decision, Hardware, Ratio, Receipt, Sampled
+from apps.eval.bench.receipt import Aim, Check, Code, Decision, Hardware, LeftOut, Ratio, Receipt, Sampled
 from libs.flags.canonical import hash_json, utc_now
 from libs.flags.environment import fathom_variables
 from libs.flags.facts import Facts
@@ -53,14 +55,12 @@ def run_comm(plan: CommPlan, *, command: Sequence[str], machine: str | None) -> 
     measured = run_job(plan)
     if not all(outcome.passed for outcome in measured.outcomes):
         raise RedGate(measured.outcomes)
-    sampled = {
-        name: Sampled.of(name, f"{METHODS[_method(name)]}, {name.rsplit('_', 1)[1]}", times, flops=None, warm_up=True)
-        for name, times in measured.samples.items()
-    }
+    sampled = {name: _sampled(plan, name, times) for name, times in measured.samples.items()}
     traffic = [Traffic(**row) for row in measured.traffic]
     aims = _aims(traffic)
     shape = plan.shape._replace(S=max(plan.seq_lens)).describe()
-    config: dict[str, Any] = {**plan._asdict(), "shape": shape, "seq_lens": list(plan.seq_lens)}
+    parts = {"shape": shape, "seq_lens": list(plan.seq_lens), "step": plan.step._asdict()}
+    config: dict[str, Any] = {**plan._asdict(), **parts}
     return CommReceipt(
         what=f"one layer's scan, its row cut over {plan.processes} gloo processes: state hand-over against all-to-all",
         subject="comm",
@@ -85,7 +85,7 @@ def run_comm(plan: CommPlan, *, command: Sequence[str], machine: str | None) -> 
         memory=[],
         traffic=traffic,
         aims=aims,
-        left_out=[],
+        left_out=_left_out(plan),
         notes=_notes(plan),
         decision=Decision(
             value="record", reason=f"{sum(aim.met for aim in aims)} of {len(aims)} aims met; decides about no change"
@@ -93,22 +93,37 @@ def run_comm(plan: CommPlan, *, command: Sequence[str], machine: str | None) -> 
     )
 
 
-def _method(name: str) -> str:
-    return name.rsplit("_", 1)[0]
+def _sampled(plan: CommPlan, name: str, times: Sequence[float]) -> Sampled:
+    """By the name `<method>_S<tokens of a row>`."""
+    method, length = name.rsplit("_S", 1)
+    warm_up = method in STEP_METHODS or int(length) == min(plan.seq_lens)
+    return Sampled.of(name, f"{METHODS[method]}, S={length}", times, flops=None, warm_up=warm_up)
+
+
+def _left_out(plan: CommPlan) -> list[LeftOut]:
+    reason = f"a scan's time grows with S alone; one process was timed up to S={plan.alone_up_to}"
+    return [LeftOut(name=f"one_process_S{s}", reason=reason) for s in plan.seq_lens if s > plan.alone_up_to]
 
 
 def _ratios(plan: CommPlan, sampled: dict[str, Sampled]) -> list[Ratio]:
-    pairs = (
-        ("all_to_all", "hand_over"),
-        ("all_to_all_exchange", "hand_over_exchange"),
-        ("one_process", "hand_over"),
-        ("one_process", "all_to_all"),
-    )
-    return [
-        Ratio.of(f"{above}_over_{below}_S{seq_len}", sampled[f"{above}_S{seq_len}"], sampled[f"{below}_S{seq_len}"])
+    pairs = [
+        (f"{above}_S{seq_len}", f"{below}_S{seq_len}")
         for seq_len in plan.seq_lens
-        for above, below in pairs
+        for above, below in (
+            ("all_to_all", "hand_over"),
+            ("all_to_all_exchange", "hand_over_exchange"),
+            ("one_process", "hand_over"),
+            ("one_process", "all_to_all"),
+        )
     ]
+    S = plan.step.seq_len
+    pairs += [(f"step_one_process_S{S}", f"{below}_S{S}") for below in ("step_dp", "step_cp")]
+    return [ratio_of(sampled[above], sampled[below]) for above, below in pairs if above in sampled]
+
+
+def ratio_of(above: Sampled, below: Sampled) -> Ratio:
+    """Named `<above>_over_<below>_S<tokens of a row>`."""
+    return Ratio.of(f"{above.name.rsplit('_S', 1)[0]}_over_{below.name}", above, below)
 
 
 def _aims(traffic: Sequence[Traffic]) -> list[Aim]:
@@ -131,10 +146,13 @@ def _notes(plan: CommPlan) -> list[str]:
     return [
         "bytes: what one rank gives to other ranks, forward and backward, without relaying in rings; operands in fp32 "
         "(in bf16 the all-to-all's halve, the state stays fp32)",
-        "every sample ends with a barrier: the slowest rank counts",
+        "every sample ends with a barrier: the slowest rank counts; one untimed call of each layer's work before the "
+        f"samples at S={min(plan.seq_lens)}, none at longer rows",
         "all-to-all gathers q, k (one group) and the angles, which all heads share, and trades v, z, A*dt, dt, trap "
         "and the outputs",
         f"{plan.processes} processes of {plan.threads} threads over gloo on one machine: times say nothing of NVLink",
-        "one_process over hand_over: the step's speed-up from 1 to all processes; the hand-over scans a second time "
-        "for the states, about a quarter of the arithmetic",
+        f"one_process over hand_over: the layer's speed-up from 1 to {plan.processes} processes; the hand-over scans a "
+        "second time for the states, about a quarter of the arithmetic",
+        f"step_one_process over step_dp and step_cp: the speed-up of an optimizer step of preset {plan.step.model} on "
+        f"{plan.processes} rows of {plan.step.seq_len} tokens",
     ]

@@ -13,15 +13,20 @@ from rich.table import Table
 
 from apps.eval.bench.comm import CommReceipt, run_comm
 from apps.eval.bench.comm_job import CommPlan
+from apps.eval.bench.comm_step import StepPlan
 from apps.eval.bench.operands import Shape
 from apps.eval.bench.ops import RedGate
-from apps.eval.bench.receipt import write_receipt
-from apps.eval.bench.table import print_receipt
+from apps.eval.bench.receipt import Ratio, write_receipt
+from apps.eval.bench.table import interval, print_receipt
 from libs.flags.errors import ExitStatus, UserError
 
 SEQ_LENS = (8192, 16384, 32768, 65536)
+# The time of one process grows with the row and nothing else: two lengths are enough to see the speed-up.
+ALONE_UP_TO = 16384
+STEP = StepPlan("cpu_demo", 2048)
 QUICK_SEQ_LENS = (256, 512)
 QUICK_SHAPE = Shape(S=0, H=4, N=16, P=16)
+QUICK_STEP = StepPlan("cpu_tiny", 64)
 MAX_PROCESSES = 8
 MAX_ROUNDS = 1000
 
@@ -64,7 +69,17 @@ def _plan(args: argparse.Namespace) -> CommPlan:
             raise UserError(f"--seq-len {seq_len}: allowed are multiples of the {args.processes} processes")
     if args.receipt_dir is not None and args.receipt_dir.exists() and not args.receipt_dir.is_dir():
         raise UserError(f"--receipt-dir {args.receipt_dir} is not a directory")
-    return CommPlan(seq_lens, args.processes, args.n, args.chunk_size, threads, args.seed, shape)
+    return CommPlan(
+        seq_lens=seq_lens,
+        rounds=args.n,
+        alone_up_to=max(ALONE_UP_TO, min(seq_lens)),
+        processes=args.processes,
+        chunk_size=args.chunk_size,
+        threads=threads,
+        seed=args.seed,
+        shape=shape,
+        step=QUICK_STEP if args.quick else STEP,
+    )
 
 
 def run_comm_command(args: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -81,19 +96,46 @@ def run_comm_command(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     if args.json:
         print(receipt.model_dump_json(indent=2))
     else:
-        console = Console()
-        print_receipt(receipt, console)
-        console.print(_traffic_table(receipt))
+        console = Console(width=None if sys.stdout.isatty() else 110)
+        print_receipt(receipt, console, [_layer_table(receipt), _step_table(receipt)])
     if args.receipt_dir is not None:
         print(f"receipt: {write_receipt(receipt, args.receipt_dir)}", file=sys.stderr)
     return ExitStatus.OK
 
 
-def _traffic_table(receipt: CommReceipt) -> Table:
-    table = Table(title="MB given by one rank, per layer, forward + backward", title_justify="left")
-    for heading in ("S", "hand-over", "all-to-all", "all-to-all / hand-over"):
+def _layer_table(receipt: CommReceipt) -> Table:
+    """Both ways side by side, a row for each length. Each way's seconds include its exchange."""
+    title = "one layer, forward + backward: mean seconds, those of the exchange alone, MB that one rank gives"
+    table = Table(title=title, title_justify="left")
+    for heading in (
+        *("S", "hand-over s", "exchange s", "MB", "all-to-all s", "exchange s", "MB"),
+        "all-to-all / hand-over s",
+    ):
         table.add_column(heading, justify="right")
+    times, ratios = {s.name: f"{s.mean_s:.3g}" for s in receipt.contenders}, {r.name: r for r in receipt.ratios}
     for row in receipt.traffic:
-        times = f"{row.all_to_all_bytes / row.hand_over_bytes:.0f}"
-        table.add_row(str(row.seq_len), f"{row.hand_over_bytes / 1e6:.2f}", f"{row.all_to_all_bytes / 1e6:.2f}", times)
+        at = f"S{row.seq_len}"
+        ratio = ratios[f"all_to_all_over_hand_over_{at}"]
+        table.add_row(
+            *(str(row.seq_len), times[f"hand_over_{at}"], times[f"hand_over_exchange_{at}"]),
+            *(f"{row.hand_over_bytes / 1e6:.2f}", times[f"all_to_all_{at}"], times[f"all_to_all_exchange_{at}"]),
+            *(f"{row.all_to_all_bytes / 1e6:.2f}", _with_interval(ratio)),
+        )
     return table
+
+
+def _step_table(receipt: CommReceipt) -> Table:
+    """Speed-ups from one process to all."""
+    table = Table(title="speed-up from 1 process", title_justify="left")
+    for heading in ("of", "on 1 process s", "on all s", "times faster"):
+        table.add_column(heading, justify="left" if heading == "of" else "right")
+    for ratio in receipt.ratios:
+        if "one_process" not in ratio.numerator:
+            continue
+        alone, shared = receipt.contender(ratio.numerator), receipt.contender(ratio.denominator)
+        table.add_row(shared.name, f"{alone.mean_s:.3g}", f"{shared.mean_s:.3g}", _with_interval(ratio))
+    return table
+
+
+def _with_interval(ratio: Ratio) -> str:
+    return f"{ratio.value:.3g} ({interval(ratio)})"

@@ -28,6 +28,7 @@ from apps.eval.bench.comm_layers import (
     layer_operands,
     slice_of,
 )
+from apps.eval.bench.comm_step import STEP_METHODS, StepPlan, step_works
 from apps.eval.bench.contenders import op_call
 from apps.eval.bench.correctness import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, Outcome, relative_error
 from apps.eval.bench.interleave import Contender, interleave
@@ -47,19 +48,26 @@ METHODS: dict[str, str] = {
     "hand_over_exchange": "the collectives of the state hand-over alone, both ways",
     "all_to_all_exchange": "the collectives of the all-to-all alone, both ways",
     "one_process": "the whole row on one process, forward + backward, the others idle",
+    **STEP_METHODS,
 }
 
 
 class CommPlan(NamedTuple):
-    """What one run measures. threads: per process."""
+    """What one run measures. rounds: of each length. threads: per process.
+
+    alone_up_to: longest row that one process scans on its own, for the speed-up. step: a whole model's step, timed as
+    often.
+    """
 
     seq_lens: tuple[int, ...]
-    processes: int
     rounds: int
+    alone_up_to: int
+    processes: int
     chunk_size: int
     threads: int
     seed: int
     shape: Shape
+    step: StepPlan
 
 
 class Measured(NamedTuple):
@@ -84,10 +92,13 @@ def _rank(rank: int, plan: CommPlan, directory: str) -> None:
     store = dist.FileStore(str(Path(directory, "store")), plan.processes)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=plan.processes, timeout=_PATIENCE)
     try:
-        cp = open_groups(Layout(cp=plan.processes), "gloo", _PATIENCE).cp
-        group = CountingGroup(cp.process_group, cp.rank, cp.size, cp.members)
-        result: dict[str, Any] = {"outcomes": _check(group, plan), "samples": {}, "traffic": []}
+        sliced = open_groups(Layout(cp=plan.processes), "gloo", _PATIENCE)
+        replicas = open_groups(Layout(dp=plan.processes), "gloo", _PATIENCE)
+        group = CountingGroup(sliced.cp.process_group, sliced.cp.rank, sliced.cp.size, sliced.cp.members)
+        steps, same = step_works(plan.step, replicas, sliced, seed=plan.seed)
+        result: dict[str, Any] = {"outcomes": [*_check(group, plan), *same], "samples": {}, "traffic": []}
         if all(outcome.passed for outcome in result["outcomes"]):
+            result["samples"] |= _time_steps(group, plan, steps)
             for seq_len in plan.seq_lens:
                 samples, traffic = _measure(group, plan, plan.shape._replace(S=seq_len))
                 result["samples"] |= samples
@@ -132,14 +143,40 @@ def _nan_is_worst(error: float) -> float:
 
 
 def _measure(group: CountingGroup, plan: CommPlan, shape: Shape) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds by contender for one length, and the bytes of both ways."""
+    """Seconds by contender for one length, and the bytes of both ways. Only the shortest row is warmed up with: by
+    then everything is loaded, and every call takes fresh pages for tensors of this size."""
+    sent: dict[str, int] = {}
+
+    def timed(name: str, work: Callable[[], None]) -> Contender:
+        def run() -> None:
+            work()
+            sent[name] = group.take()
+            group.barrier()
+
+        warm_up = min(plan.seq_lens) == shape.S
+        return Contender(f"{name}_S{shape.S}", run, plan.rounds, warm_up)
+
+    samples = interleave(
+        [timed(name, work) for name, work in _works(group, plan, shape).items()],
+        seed=plan.seed,
+        on_sample=lambda name, seconds: _say(group, f"{name}: {seconds:.3f} s"),
+    )
+    assert sent["hand_over"] == sent["hand_over_exchange"], "the exchange alone is not the exchange of the layer"
+    assert sent["all_to_all"] == sent["all_to_all_exchange"], "the exchange alone is not the exchange of the layer"
+    traffic = {
+        "seq_len": shape.S, "processes": group.size, "hand_over_bytes": sent["hand_over"],
+        "all_to_all_bytes": sent["all_to_all"],
+    }  # fmt: skip
+    return samples, traffic
+
+
+def _works(group: CountingGroup, plan: CommPlan, shape: Shape) -> dict[str, Callable[[], None]]:
+    """What is timed of one layer, by method, on operands made here."""
     shard = ContextShard(group, slice_offsets(shape.S, group.size))
     whole = layer_operands(shape, seed=plan.seed)
     mine = Operands(*(u.requires_grad_() for u in slice_of(whole, shard)))
-    whole = Operands(*(u.requires_grad_() for u in whole)) if group.rank == 0 else mine
     grad_out = torch.ones_like(mine.v_BSHP)
     rows = grad_out.new_zeros(group.size, summary_numel(_dims(shape)))
-    sent: dict[str, int] = {}
 
     def train(call: Callable[..., torch.Tensor]) -> Callable[[], None]:
         def run() -> None:
@@ -147,11 +184,6 @@ def _measure(group: CountingGroup, plan: CommPlan, shape: Shape) -> tuple[dict[s
             torch.autograd.grad(out, list(mine), grad_out)
 
         return run
-
-    def alone() -> None:
-        if group.rank == 0:
-            out = op_call(whole, shape, chunk_size=plan.chunk_size)
-            torch.autograd.grad(out, list(whole), torch.ones_like(out))
 
     def state_only() -> None:
         group.all_gather(rows[0])
@@ -164,30 +196,40 @@ def _measure(group: CountingGroup, plan: CommPlan, shape: Shape) -> tuple[dict[s
         out = exchange_out(local.v_BSHP.detach().requires_grad_(), group)
         out.backward(torch.ones_like(out))  # type: ignore[no-untyped-call]
 
+    works = {
+        "hand_over": train(hand_over_call), "all_to_all": train(all_to_all_call), "hand_over_exchange": state_only,
+        "all_to_all_exchange": trade_only,
+    }  # fmt: skip
+    if plan.alone_up_to >= shape.S:
+        works["one_process"] = _alone(whole, plan, shape) if group.rank == 0 else lambda: None
+    return works
+
+
+def _alone(whole: Operands, plan: CommPlan, shape: Shape) -> Callable[[], None]:
+    leaves = Operands(*(u.detach().requires_grad_() for u in whole))
+
+    def run() -> None:
+        out = op_call(leaves, shape, chunk_size=plan.chunk_size)
+        torch.autograd.grad(out, list(leaves), torch.ones_like(out))
+
+    return run
+
+
+def _time_steps(group: CountingGroup, plan: CommPlan, works: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    """Seconds by way of taking one optimizer step."""
+
     def timed(name: str, work: Callable[[], None]) -> Contender:
         def run() -> None:
             work()
-            sent[name] = group.take()
             group.barrier()
 
-        return Contender(f"{name}_S{shape.S}", run, plan.rounds, warm_up=True)
+        return Contender(f"{name}_S{plan.step.seq_len}", run, plan.rounds, warm_up=True)
 
-    works = {
-        "hand_over": train(hand_over_call), "all_to_all": train(all_to_all_call), "hand_over_exchange": state_only,
-        "all_to_all_exchange": trade_only, "one_process": alone,
-    }  # fmt: skip
-    samples = interleave(
+    return interleave(
         [timed(name, work) for name, work in works.items()],
         seed=plan.seed,
         on_sample=lambda name, seconds: _say(group, f"{name}: {seconds:.3f} s"),
     )
-    assert sent["hand_over"] == sent["hand_over_exchange"], "the exchange alone is not the exchange of the layer"
-    assert sent["all_to_all"] == sent["all_to_all_exchange"], "the exchange alone is not the exchange of the layer"
-    traffic = {
-        "seq_len": shape.S, "processes": group.size, "hand_over_bytes": sent["hand_over"],
-        "all_to_all_bytes": sent["all_to_all"],
-    }  # fmt: skip
-    return samples, traffic
 
 
 def _dims(shape: Shape) -> Dims:

@@ -36,21 +36,25 @@ def check_contenders(*, seed: int, chunk_size: int, shape: Shape = CHECK_SHAPE) 
     """Compare outputs and all fourteen gradients of both fp32 formulations with the float64 oracle."""
     exact = make_operands(shape, seed=seed, dtype=torch.float64)
     single = make_operands(shape, seed=seed)
-    want = _output_and_gradients(lambda x: op_call(x, shape, chunk_size=chunk_size, backend="reference"), exact)
-    outcomes: list[Outcome] = []
-    for label, call in (
-        ("op", lambda x: op_call(x, shape, chunk_size=chunk_size)),
-        ("plain", lambda x: plain_call(x, shape)),
-    ):
-        got = _output_and_gradients(call, single)
-        outcomes.append(Outcome(f"{label} output vs oracle", relative_error(got[0], want[0]), FORWARD_TOLERANCE))
-        worst = max(
-            ((relative_error(g, w), name) for g, w, name in zip(got[1:], want[1:], Operands._fields, strict=True)),
-            key=lambda pair: (pair[0] != pair[0], pair[0]),  # a NaN is the worst of all
-        )
-        name = f"{label} gradients vs oracle (worst of 14: {worst[1]})"
-        outcomes.append(Outcome(name, worst[0], GRADIENT_TOLERANCE))
-    return outcomes
+    want = output_and_gradients(lambda x: op_call(x, shape, chunk_size=chunk_size, backend="reference"), exact)
+    return [
+        *compare("op", lambda x: op_call(x, shape, chunk_size=chunk_size), single, want),
+        *compare("plain", lambda x: plain_call(x, shape), single, want),
+    ]
+
+
+def compare(label: str, call: Callable[[Operands], Tensor], operands: Operands, want: list[Tensor]) -> list[Outcome]:
+    """Output and fourteen gradients of a call in fp32 against those of the oracle (`output_and_gradients`)."""
+    got = output_and_gradients(call, operands)
+    worst = max(
+        ((relative_error(g, w), name) for g, w, name in zip(got[1:], want[1:], Operands._fields, strict=True)),
+        key=lambda pair: (pair[0] != pair[0], pair[0]),  # a NaN is the worst of all
+    )
+    gradients = f"{label} gradients vs oracle (worst of 14: {worst[1]})"
+    return [
+        Outcome(f"{label} output vs oracle", relative_error(got[0], want[0]), FORWARD_TOLERANCE),
+        Outcome(gradients, worst[0], GRADIENT_TOLERANCE),
+    ]
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -58,7 +62,8 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).abs().max() / want.abs().max())
 
 
-def _output_and_gradients(call: Callable[[Operands], Tensor], operands: Operands) -> list[Tensor]:
+def output_and_gradients(call: Callable[[Operands], Tensor], operands: Operands) -> list[Tensor]:
+    """The output, then the gradients in the order of Operands, for one fixed gradient of the output."""
     leaves = Operands(*(tensor.detach().requires_grad_() for tensor in operands))
     out = call(leaves)
     generator = torch.Generator().manual_seed(0)

@@ -93,13 +93,13 @@ def _resident_peak(kind: Kind, shape: Shape, chunk_size: int, threads: int) -> i
     torch.set_num_threads(threads)
     training_runner(kind, shape._replace(S=_WARM_UP_TOKENS), seed=0, chunk_size=chunk_size)()
     run = training_runner(kind, shape, seed=0, chunk_size=chunk_size)
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     run()
-    after = _status_bytes("VmHWM")
+    after = status_bytes("VmHWM")
     return None if before is None or after is None else max(0, after - before)
 
 
-def _status_bytes(field: str) -> int | None:
+def status_bytes(field: str) -> int | None:
     """A size of /proc/self/status. Not getrusage: its maximum survives exec, so a child has its parent's."""
     status = Path("/proc/self/status")
     if not status.is_file():

@@ -12,8 +12,11 @@ from apps.eval.bench.receipt import Check, Hardware, Ratio, Receipt
 _MANY_CHECKS = 12
 
 
-def print_receipt(receipt: Receipt, console: Console) -> None:
-    """Correctness first, then times, ratios, memory, aims, and what was left out."""
+def print_receipt(receipt: Receipt, console: Console, figures: Sequence[Table] | None = None) -> None:
+    """Correctness first, then times, ratios and memory, aims, and what was left out.
+
+    figures: other tables in place of those of times, ratios and memory.
+    """
     hardware = receipt.hardware
     commit = (receipt.code.git_commit or receipt.code.git_reason or "unknown")[:12]
     dirty = " with uncommitted changes" if receipt.code.git_dirty else ""
@@ -26,9 +29,8 @@ def print_receipt(receipt: Receipt, console: Console) -> None:
     )
     for line in _checks(receipt.correctness):
         console.print(f"  green: {line}", highlight=False, soft_wrap=True)
-    console.print(_times(receipt))
-    console.print(_ratio_table(receipt))
-    console.print(_memory(receipt))
+    for table in _figures(receipt) if figures is None else figures:
+        console.print(table)
     for aim in receipt.aims:
         verdict = "[green]met[/green]" if aim.met else "[red]not met[/red]"
         console.print(
@@ -40,6 +42,16 @@ def print_receipt(receipt: Receipt, console: Console) -> None:
         console.print(f"left out: {left_out.name}: {left_out.reason}", highlight=False, soft_wrap=True)
     for note in receipt.notes:
         console.print(f"[dim]{note}[/dim]", highlight=False, soft_wrap=True)
+
+
+def _figures(receipt: Receipt) -> list[Table]:
+    """What there is to show: a benchmark need not have ratios, nor measure memory."""
+    tables = [_times(receipt)]
+    if receipt.ratios:
+        tables.append(_ratio_table(receipt))
+    if receipt.memory:
+        tables.append(_memory(receipt))
+    return tables
 
 
 def _device(hardware: Hardware) -> str:
@@ -80,11 +92,12 @@ def _ratio_table(receipt: Receipt) -> Table:
     for heading in ("value", "95 % interval", "n"):
         table.add_column(heading, justify="right")
     for ratio in receipt.ratios:
-        table.add_row(ratio.name, f"{ratio.value:.3g}", _interval(ratio), str(ratio.n))
+        table.add_row(ratio.name, f"{ratio.value:.3g}", interval(ratio), str(ratio.n))
     return table
 
 
-def _interval(ratio: Ratio) -> str:
+def interval(ratio: Ratio) -> str:
+    """The 95 % interval of a ratio."""
     return "one pair" if ratio.low is None or ratio.high is None else f"{ratio.low:.3g} - {ratio.high:.3g}"
 
 

@@ -1,0 +1,311 @@
+"""`fathom bench crossover`, small: the budget, a receipt that cannot lie, a red gate, modelled rows, the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from apps.eval.bench import crossover, crossover_job, model_step, step_memory
+from apps.eval.bench.__main__ import main
+from apps.eval.bench.budget import EXTRA_CALLS, Measured, allowance, predicted_seconds
+from apps.eval.bench.crossover import CrossoverReceipt, Point
+from apps.eval.bench.crossover_job import CrossoverPlan, Found
+from apps.eval.bench.model_step import How, Stepper, check_step
+from apps.eval.bench.modelled import modelled_crossings, read_modelled
+from apps.eval.bench.ops import RedGate
+from apps.eval.report.__main__ import main as report_main
+from apps.eval.report.crossover_page import crossover_page
+from libs.flags.errors import UserError, run_entry
+from libs.flags.facts import Facts
+from libs.flags.installed import install
+from libs.flags.resolve import resolve
+from libs.model import HybridLM, preset
+from tests.support.inline import Inline
+
+HOW = How("cpu", "fp32", "none", "auto", 0)
+PLAN = CrossoverPlan("cpu_tiny", (32, 64, 128), 3, HOW, 600.0, 1)
+GIB = 2**30
+
+
+# What fits.
+
+
+def test_time_is_predicted_from_the_longest_shorter_length() -> None:
+    known = {1024: Measured(1.0, 10.0), 2048: Measured(3.0, 24.0)}
+    assert predicted_seconds(known, 4096, 80.0) == pytest.approx(10.0)
+    assert predicted_seconds(known, 2048, 24.0) == pytest.approx(2.4)
+    assert predicted_seconds({}, 4096, 80.0) is None
+
+
+@pytest.mark.parametrize(
+    ("step", "left", "rounds"),
+    [(1.0, 100.0, 7), (1.0, 7.0 + EXTRA_CALLS, 7), (1.0, 6.9 + EXTRA_CALLS, 6), (1.0, 2.0 + EXTRA_CALLS, 2),
+     (1.0, 1.9 + EXTRA_CALLS, 0), (1.0, 0.0, 0), (1.0, -5.0, 0), (None, 1.0, 7)],
+)  # fmt: skip
+def test_rounds_that_fit_the_time(step: float | None, left: float, rounds: int) -> None:
+    got = allowance(step, wanted=7, left_s=left, need_bytes=GIB, free_bytes=8 * GIB)
+    assert got.rounds == rounds
+    assert (got.reason is None) == (rounds == 7)
+    if rounds == 0:
+        assert "--max-minutes" in str(got.reason)
+
+
+def test_what_does_not_fit_into_memory_is_left_out_however_much_time_there_is() -> None:
+    got = allowance(0.001, wanted=7, left_s=1e9, need_bytes=8 * GIB, free_bytes=10 * GIB)
+    assert got.rounds == 0
+    assert "needs about 8.0 GiB, 7.0 GiB may be used" in str(got.reason)
+
+
+# The step itself.
+
+
+@pytest.fixture
+def _gates() -> None:
+    install(resolve({}, Facts(device="cpu", mimo_backend="chunked")))
+
+
+@pytest.mark.usefixtures("_gates")
+def test_a_step_moves_every_parameter_and_a_wrong_one_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    stepper = Stepper(preset("cpu_tiny"), HOW)
+    stepper.length(32)
+    before = {name: p.detach().clone() for name, p in stepper.model.named_parameters()}
+    stepper.step()
+    assert [name for name, p in stepper.model.named_parameters() if torch.equal(p, before[name])] == []
+    assert stepper.held_bytes == pytest.approx(4 * 4 * sum(p.numel() for p in before.values()), rel=0.01)
+    right = check_step("hybrid", preset("cpu_tiny"), HOW, tokens=24)
+    assert all(outcome.passed for outcome in right)
+    exact = model_step._exact
+
+    def another_rate(*args: Any) -> Stepper:
+        found = exact(*args)
+        found._optimizer.param_groups[0]["weight_decay"] = 100.0
+        return found
+
+    monkeypatch.setattr(model_step, "_exact", another_rate)
+    wrong = check_step("hybrid", preset("cpu_tiny"), HOW, tokens=24)
+    assert [outcome.passed for outcome in wrong] == [True, True, False]
+
+
+@pytest.mark.usefixtures("_gates")
+def test_a_wrong_gradient_is_red_and_times_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubled(self: HybridLM, *args: Any, **kwargs: Any) -> Any:
+        out = loss(self, *args, **kwargs)
+        # The value stays, its gradient is twice as large; in float64 it is left alone.
+        low = out.loss.dtype == torch.float32
+        return out._replace(loss=2 * out.loss - out.loss.detach()) if low else out
+
+    loss = HybridLM.loss
+    monkeypatch.setattr(HybridLM, "loss", doubled)
+    found = crossover_job.measure(PLAN, {}, Facts(device="cpu", mimo_backend="chunked"))
+    assert found.samples == {}
+    assert {o.name.split(" vs ")[0] for o in found.outcomes if not o.passed} >= {
+        "hybrid gradient norm", "twin gradient norm"
+    }  # fmt: skip
+    with pytest.raises(RedGate, match="hybrid gradient norm"):
+        _run(monkeypatch, found)
+
+
+# The receipt.
+
+
+class _Pool:
+    """In place of a process: its answer."""
+
+    def __init__(self, found: Found) -> None:
+        self._found = found
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, *_: object) -> _Pool:
+        return self
+
+    def result(self) -> Found:
+        return self._found
+
+
+def _found(left_out: dict[int, str] | None = None) -> Found:
+    """The hybrid takes 1.5, 1.1 and 0.8 of the twin's time."""
+    samples, peaks = {}, {}
+    for seq_len, ratio in ((32, 1.5), (64, 1.1), (128, 0.8)):
+        twin = [seq_len * (1 + 0.1 * i) for i in range(3)]
+        samples["twin", seq_len] = twin
+        samples["hybrid", seq_len] = [ratio * t * (1 + 0.002 * i) for i, t in enumerate(twin)]
+        peaks["twin", seq_len], peaks["hybrid", seq_len] = seq_len * 1000, 64_000
+    outcomes = [model_step.Outcome("hybrid loss", 0.0, 1.0)]
+    return Found(outcomes, samples, peaks, left_out or {}, {128: "3 instead of 7 rounds: a reason"})
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, found: Found, modelled: list[Any] | None = None) -> CrossoverReceipt:
+    monkeypatch.setattr(crossover, "own_process", lambda *_: _Pool(found))
+    return crossover.run_crossover(PLAN, command=["fathom"], machine="box", modelled=modelled or [])
+
+
+def test_the_receipt_says_where_they_cross(monkeypatch: pytest.MonkeyPatch) -> None:
+    receipt = _run(monkeypatch, _found({256: "too long"}))
+    time, memory, flops = receipt.crossings
+    assert (time.status, time.has_interval) == ("crossed", True)
+    assert 64 < float(time.tokens or 0) < 128
+    assert memory.tokens == pytest.approx(64.0)
+    assert not flops.has_interval
+    assert receipt.decision.reason == time.sentence()
+    assert [(item.name, item.reason) for item in receipt.left_out] == [("S=256", "too long")]
+    assert "S=128: 3 instead of 7 rounds: a reason" in receipt.notes
+    point = next(p for p in receipt.points if (p.model, p.seq_len) == ("hybrid", 64))
+    assert point.tokens_per_s == pytest.approx(64 / receipt.contender("hybrid_step_S64").mean_s)
+    assert abs(receipt.parameters["hybrid"] / receipt.parameters["twin"] - 1) < 0.005
+    assert CrossoverReceipt.model_validate_json(receipt.model_dump_json()) == receipt
+
+
+def _mutated(content: dict[str, Any], path: tuple[Any, ...], value: object) -> str:
+    changed = json.loads(json.dumps(content))
+    inside = changed
+    for key in path[:-1]:
+        inside = inside[key]
+    inside[path[-1]] = value
+    return json.dumps(changed)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("crossings", 0, "tokens"), 70.0, "its samples give"),
+        (("crossings", 0, "low"), 1.0, "its samples give"),
+        (("crossings", 0, "status"), "not_crossed", "its samples give"),
+        (("crossings", 1, "tokens"), 1.0, "its samples give"),
+        (("points", 0, "seconds"), 1.0, "states seconds"),
+        (("points", 0, "tokens_per_s"), 1e9, "states seconds"),
+        (("points", 0, "rounds"), 19, "states seconds"),
+        (("contenders", 0, "mean_s"), 1.0, "its samples give"),
+    ],
+)
+def test_a_mutated_summary_is_refused(
+    monkeypatch: pytest.MonkeyPatch, path: tuple[Any, ...], value: object, said: str
+) -> None:
+    content = json.loads(_run(monkeypatch, _found()).model_dump_json())
+    with pytest.raises(ValidationError, match=said):
+        CrossoverReceipt.model_validate_json(_mutated(content, path, value))
+
+
+def test_no_length_that_fits_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = _found()._replace(samples={}, left_out={32: "no time"})
+    with pytest.raises(UserError, match="S=32: no time"):
+        _run(monkeypatch, nothing)
+
+
+# What is modelled.
+
+
+def _record(recipe: str, window: int, seconds: float | None = None, **changed: Any) -> dict[str, Any]:
+    tokens = 65536
+    record = {
+        "recipe": recipe, "slice": "v6e-4", "effort": "full", "window": window, "tokens_per_step": tokens,
+        "parameters": 130_000_000, "model_flops_per_step": 1e9 * tokens,
+    }  # fmt: skip
+    if seconds is not None:
+        record |= {"modelled_seconds": seconds, "peak_bytes_per_chip": 9 * GIB,
+                   "compiled": {"modelled": {"uncounted": 2}}}  # fmt: skip
+    return record | changed
+
+
+def _files(tmp_path: Path, *records: dict[str, Any]) -> list[Path]:
+    paths = []
+    for number, record in enumerate(records):
+        paths.append(tmp_path / f"{number}.json")
+        paths[-1].write_text(json.dumps(record))
+    return paths
+
+
+def test_modelled_rows_are_labelled_and_cross_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = read_modelled(
+        _files(
+            tmp_path,
+            _record("v6e_4k_hybrid", 4096, 0.3), _record("v6e_4k_dense", 4096, 0.2),
+            _record("recipes/v6e_16k_hybrid.toml", 16384, 0.2), _record("v6e_16k_dense", 16384, 0.3),
+            _record("v6e_64k_hybrid", 65536, 0.2), _record("v6e_64k_dense", 65536, does_not_fit="of memory\nmore"),
+        )
+    )  # fmt: skip
+    assert {row.label for row in rows} == {"modelled"}
+    (crossing,) = modelled_crossings(rows, seed=0)
+    assert crossing.tokens == pytest.approx(8192)
+    assert (crossing.quantity, crossing.has_interval) == ("modelled time per token on v6e-4", False)
+    (unfit,) = [row for row in rows if row.note]
+    assert (unfit.model, unfit.seconds, unfit.note) == ("twin", None, "does not fit: of memory")
+    receipt = _run(monkeypatch, _found(), rows)
+    assert receipt.crossings[-1] == crossing
+    assert {point.seq_len for point in receipt.points} == {32, 64, 128}, "nothing modelled among what is measured"
+    page = crossover_page(receipt)
+    assert page.count("MODELLED") >= 2
+    assert "Never run on such a device" in page
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([_record("v6e_4k", 4096, 1.0)], "which of the two"),
+        ([{"loss": 1}], "no record of `fathom train --aot`"),
+        ([_record("a_dense", 4096, 1.0), _record("b_dense", 4096, 2.0)], "of the same step"),
+        ([_record("a_dense", 4096, 1.0), _record("a_hybrid", 4096, 2.0, parameters=1)], "twins differ by"),
+    ],
+)
+def test_records_that_are_refused(tmp_path: Path, records: list[dict[str, Any]], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_modelled(_files(tmp_path, *records))
+    with pytest.raises(UserError, match="No such file"):
+        read_modelled([tmp_path / "none.json"])
+
+
+def test_quick_effort_has_no_time(tmp_path: Path) -> None:
+    (row,) = read_modelled(_files(tmp_path, _record("a_dense", 4096, 1.0, effort="quick")))
+    assert row.seconds is None
+    assert row.peak_bytes == 9 * GIB
+
+
+# The command.
+
+
+def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (crossover, step_memory):
+        monkeypatch.setattr(module, "own_process", Inline)
+    words = ["crossover", "--preset", "cpu_tiny", "--seq-lens", "32,64", "--n", "2", "--threads", "1", "--json"]
+    plot = tmp_path / "plot.html"
+    assert main([*words, "--receipt-dir", str(tmp_path / "receipts"), "--plot", str(plot)]) == 0
+    receipt = CrossoverReceipt.model_validate_json(capsys.readouterr().out)
+    assert [point.seq_len for point in receipt.points] == [32, 32, 64, 64]
+    assert all((point.peak_bytes or 1) > 0 for point in receipt.points)
+    assert isinstance(receipt.points[0], Point)
+    page = plot.read_text(encoding="utf-8")
+    assert page.count("<svg") == 4
+    assert "http" not in page.split("<body")[1]
+    (path,) = (tmp_path / "receipts").glob("*/receipt.json")
+    again = tmp_path / "again.html"
+    assert report_main(["crossover", str(path.parent), "--out", str(again)]) == 0
+    assert again.read_text(encoding="utf-8").split("Written")[0] == page.split("Written")[0]
+    path.write_text("{}")
+    assert run_entry(report_main, ["crossover", str(path)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seq-lens", "4q"], "not a number of tokens"),
+        (["--preset", "nosuch"], "unknown model preset"),
+        (["--preset", "cpu_tiny_dense"], "no 'M' to replace"),
+        (["--max-minutes", "0"], "--max-minutes"),
+        (["--scan", "tilelang", "--preset", "cpu_tiny"], "--scan tilelang"),
+        (["--device", "cuda"], "no CUDA device"),
+        (["--plot", "/nowhere/at/all.html"], "--plot"),
+    ],
+)
+def test_options_that_are_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if said == "no CUDA device" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert run_entry(main, ["crossover", *words]) == 2
+    assert said in capsys.readouterr().err

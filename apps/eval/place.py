@@ -6,6 +6,7 @@ Not for reading any of them (run.py).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,12 @@ EVAL_FOLDER = "eval"
 
 
 class Place(NamedTuple):
-    """Where the checkpoint and its run are, where the data is, and where the result goes."""
+    """Where the checkpoint and its run are, where the data is, and where the result of each suite goes."""
 
     checkpoint: Path
     run_dir: Path | None
     data: Path
-    out: Path
+    out: Mapping[str, Path]
     trained_window: int | None
 
 
@@ -44,15 +45,22 @@ def locate(config: EvalConfig) -> Place:
         data = Path(data_section["dir"])
     else:
         raise UserError(f"{checkpoint} does not lie in a run that names its data: give --data DIR")
-    if config.out is not None:
-        out = config.out
-    elif run_dir is not None:
-        out = run_dir / EVAL_FOLDER / f"{config.suite}.json"
-    else:
-        raise UserError(f"{checkpoint} does not lie in a run, so there is no place for the result: give --out FILE")
-    if out.is_dir():
-        raise UserError(f"--out {out} is a directory: give the name of a JSON file")
+    out = _results(config, checkpoint, run_dir)
     return Place(checkpoint, run_dir, data, out, data_section.get("window"))
+
+
+def _results(config: EvalConfig, checkpoint: Path, run_dir: Path | None) -> dict[str, Path]:
+    """A file for one suite; for several a directory, which gets a file for each."""
+    if config.out is None and run_dir is None:
+        raise UserError(f"{checkpoint} does not lie in a run, so there is no place for the result: give --out FILE")
+    if config.out is not None and len(config.suites) == 1:
+        if config.out.is_dir():
+            raise UserError(f"--out {config.out} is a directory: give the name of a JSON file")
+        return {config.suites[0]: config.out}
+    folder = config.out if config.out is not None else (run_dir or checkpoint) / EVAL_FOLDER
+    if folder.is_file():
+        raise UserError(f"--out {folder} is a file: several suites need the name of a directory")
+    return {suite: folder / f"{suite}.json" for suite in config.suites}
 
 
 def _run_config(run_dir: Path | None) -> dict[str, Any]:

@@ -5,9 +5,11 @@ Not for computing scores (suites/) nor for showing them (report/).
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from apps.eval.intervals import bootstrap_ratio
 from libs.flags.errors import UserError
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
+AxisValue: TypeAlias = str | int | float
 
 
 class Record(BaseModel):
@@ -62,6 +65,28 @@ class AblationPoint(Record):
     gain: Estimate
 
 
+class KeyTokenPoint(Record):
+    """bits per byte of the key tokens alone, with `context` tokens before the span."""
+
+    context: int
+    bpb: Estimate
+
+
+class KeyTokens(Record):
+    """Targets that long context helps: log p(long) - log p(short) > gain_nats and log p(long) > floor_nats, where
+    short and long are the curve's first and last context (arXiv 2410.23771, equations 4 and 5, defaults of its code).
+
+    tokens: how many of the `of_tokens` targets that stand for bytes. points is empty exactly when there are none.
+    """
+
+    gain_nats: float
+    floor_nats: float
+    tokens: int
+    of_tokens: int
+    documents: int
+    points: list[KeyTokenPoint]
+
+
 class Ablation(Record):
     """The context-ablation curve. points is empty exactly when `reason` says why there is no curve.
 
@@ -75,6 +100,7 @@ class Ablation(Record):
     too_short: list[int]
     not_used: list[int]
     points: list[AblationPoint]
+    key_tokens: KeyTokens | None
     reason: str | None
 
 
@@ -108,12 +134,63 @@ class LossByPosition(Record):
     trained_window: int | None = Field(description="tokens of a training window, where the run's config says it")
 
 
-class Excluded(Record):
-    """A document that was not scored, and why."""
+class Score(Record):
+    """One cell of a table: the mean of `metric` over the `n` items that share `axes`, from `units` contexts.
 
-    document: int
+    chance: what guessing scores, where that is known. The interval resamples contexts, not items.
+    """
+
+    axes: dict[str, AxisValue]
+    metric: str
+    n: int
+    units: int
+    estimate: Estimate
+    chance: float | None
+
+
+class PrefixUse(Record):
+    """What the prefix cache did (counts in tokens). verified: items asked again of engines that knew no prefix, with
+    the same bits; zero when the cache was off, as there is nothing to compare."""
+
+    mode: str
+    prompt_tokens: int
+    matched_tokens: int
+    skipped_tokens: int
+    computed_tokens: int
+    verified: int
+    note: str
+
+
+class QuestionScores(Record):
+    """Details of the suites that put questions to the model. metrics: what each one means, by name.
+
+    cells: one per combination of axes; totals: over coarser combinations; control: where nothing can be known.
+    """
+
+    kind: Literal["needle", "scope", "callgraph", "completion"]
+    metrics: dict[str, str]
+    cells: list[Score]
+    totals: list[Score]
+    control: list[Score]
+    prefix: PrefixUse
+    trained_window: int | None
+
+
+class Excluded(Record):
+    """A document or an item that was not scored, and why. One of the two is named."""
+
+    document: int | None = None
+    item: str | None = None
     tokens: int
     reason: str
+
+
+class ItemsFile(Record):
+    """The file beside the result with one JSON line per scored item."""
+
+    name: str
+    sha256: str
+    lines: int
 
 
 class CheckpointIdentity(Record):
@@ -127,7 +204,7 @@ class CheckpointIdentity(Record):
 
 
 class DataIdentity(Record):
-    """prompt_sha256: over the ids of every scored document, in document order."""
+    """prompt_sha256: over the ids of everything that was scored, in the order of documents or items."""
 
     directory: str
     split: str
@@ -149,10 +226,11 @@ class BackendChoice(Record):
 class EvalReport(Record):
     """The content of RUN/eval/<suite>.json.
 
-    n: documents scored. available: documents of the split; those neither scored nor excluded were not drawn.
+    n: documents or items scored. available: documents of the split, or items that were made; those neither scored
+    nor excluded were not drawn.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     suite: str
     suite_version: int
     created: str
@@ -169,25 +247,54 @@ class EvalReport(Record):
     config: dict[str, JsonValue]
     environment: dict[str, JsonValue]
     metrics: dict[str, float]
-    details: LossByPosition
+    items: ItemsFile
+    details: Annotated[LossByPosition | QuestionScores, Field(discriminator="kind")]
 
 
-def write_result(result: EvalReport, path: Path) -> None:
-    """Write `path`, whole or not at all. An older result of that name is kept beside it under its own time.
+def items_path(path: Path) -> Path:
+    """Where the items of the result `path` lie."""
+    return path.with_name(f"{path.stem}.items.jsonl")
+
+
+def item_lines(items: Iterable[Mapping[str, JsonValue]]) -> str:
+    """One JSON object per line."""
+    return "".join(json.dumps(item, sort_keys=True, allow_nan=False) + "\n" for item in items)
+
+
+def write_result(result: EvalReport, items: str, path: Path) -> None:
+    """Write `path` and its items, each whole or not at all. Older files of these names are kept under their own time.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: the place cannot be written, or holds a file that is no result.
     """
+    beside = items_path(path)
+    texts = {beside: items, path: result.model_dump_json(indent=1) + "\n"}  # the result last: it names the items
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.partial")
-        aside.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        for place, text in texts.items():
+            _aside(place).write_text(text, encoding="utf-8")
         if path.exists():
-            created = read_result(path).created.replace(":", "").replace("-", "")
-            path.rename(path.with_name(f"{path.stem}.{created}{path.suffix}"))
-        os.replace(aside, path)
+            created = _created(path).replace(":", "").replace("-", "")
+            for place in (path, beside):
+                if place.exists():
+                    kept = path.with_name(f"{path.stem}.{created}{path.suffix}")
+                    place.rename(kept if place == path else items_path(kept))
+        for place in texts:
+            os.replace(_aside(place), place)
     except OSError as error:
         raise UserError(f"cannot write the result {path}: {error.strerror}") from error
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _created(path: Path) -> str:
+    """When the result at `path` was made, whatever version of the schema it has."""
+    try:
+        return str(json.loads(path.read_bytes())["created"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is there and is no evaluation result: move it, or give --out FILE") from error
 
 
 def read_result(path: Path) -> EvalReport:

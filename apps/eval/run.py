@@ -5,16 +5,15 @@ Not for scoring (suites/) nor for arguments (__main__.py).
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from apps.eval.config import EvalConfig
+from apps.eval.loading import TOKENIZER_FILE, choose_device
 from apps.eval.place import Place, locate, shown_path
 from apps.eval.progress import phases
 from apps.eval.record import Settings, recorded
@@ -24,10 +23,13 @@ from apps.eval.results import (
     DataIdentity,
     EvalReport,
     GateValues,
+    ItemsFile,
+    item_lines,
+    items_path,
     write_result,
 )
 from apps.eval.suites import SUITES
-from apps.eval.suites.suite import SuiteInput, SuiteOptions, SuiteOutput
+from apps.eval.suites.suite import Engines, Suite, SuiteInput, SuiteOptions, SuiteOutput
 from libs.flags.canonical import sha256_hex, utc_now
 from libs.flags.environment import fathom_variables
 from libs.flags.errors import GateRefused, UserError
@@ -41,11 +43,10 @@ from libs.flags.runlog import RunLog
 from libs.kernels.mimo import choose_backend
 from libs.model import HybridLM, parameter_count
 from libs.model.checkpoint import MANIFEST, checkpoint_step
+from libs.model.inference import Engine, EngineConfig
 from libs.model.text.shards import DataDir, seeded_permutation
 from libs.model.text.tokenizer import Tokenizer
 from libs.model.weights import load_model
-
-TOKENIZER_FILE = "tokenizer.json"
 
 
 class Evaluated(NamedTuple):
@@ -55,15 +56,16 @@ class Evaluated(NamedTuple):
     path: Path
 
 
-def run_eval(config: EvalConfig, *, command: Sequence[str]) -> Evaluated:
-    """Evaluate, write the result, and record it in the run the checkpoint belongs to (unless detached).
+def run_eval(config: EvalConfig, *, command: Sequence[str]) -> list[Evaluated]:
+    """Evaluate suite by suite, write each result as soon as it is there, and record it in the run that the checkpoint
+    belongs to (unless detached).
 
     Raises:
         UserError: no usable checkpoint or data, another tokenizer, nothing to score, no place for the result.
         GateRefused: the environment asks for a gate that cannot be honoured.
     """
     place = locate(config)
-    device = _choose_device(config.device)
+    device = choose_device(config.device)
     gates = _gates(device)
     environment = snapshot({"device": str(device), "threads": torch.get_num_threads()})
     environment["command"] = redact_command(command)
@@ -77,6 +79,18 @@ def run_eval(config: EvalConfig, *, command: Sequence[str]) -> Evaluated:
         return _evaluate(config, place, device, gates, environment, log)
 
 
+class _Subject(NamedTuple):
+    """What all suites of one evaluation score, and how."""
+
+    config: EvalConfig
+    place: Place
+    gates: GateSet
+    environment: dict[str, Any]
+    data: DataDir
+    inputs: SuiteInput
+    options: SuiteOptions
+
+
 def _evaluate(
     config: EvalConfig,
     place: Place,
@@ -84,84 +98,110 @@ def _evaluate(
     gates: GateSet,
     environment: dict[str, Any],
     log: RunLog | None,
-) -> Evaluated:
-    started = time.perf_counter()
-    suite = SUITES[config.suite]
+) -> list[Evaluated]:
+    subject = _open(config, place, device, gates, environment)
+    found: list[Evaluated] = []
+    for name in config.suites:
+        started = time.perf_counter()
+        with phases() as on_progress:
+            output = SUITES[name].run(subject.inputs, subject.options, on_progress)
+        items, out = item_lines(output.items), place.out[name]
+        report = _report(subject, SUITES[name], output, items, time.perf_counter() - started)
+        write_result(report, items, out)
+        found.append(Evaluated(report, out))
+        if log is not None:
+            event = EvalResult(
+                suite=name,
+                metrics=report.metrics,
+                path=shown_path(out, place.run_dir),
+                n=report.n,
+                excluded=len(report.excluded),
+            )
+            log.emit(event, step=report.checkpoint.step)
+    return found
+
+
+def _open(
+    config: EvalConfig, place: Place, device: torch.device, gates: GateSet, environment: dict[str, Any]
+) -> _Subject:
+    """Model, data and engines. Raises UserError for data of another tokenizer."""
     model = load_model(place.checkpoint, device=device)
     model.eval()
     data = DataDir.open(place.data)
     _refuse_other_tokenizer(place.checkpoint, model, data)
     documents = data.documents(config.split)
     drawn = seeded_permutation(len(documents), config.seed)[: config.max_documents].tolist()
-    inputs = SuiteInput(model, data.tokenizer, documents, drawn, place.trained_window)
+    weights = sha256_hex((place.checkpoint / MANIFEST).read_bytes())
+
+    def open_engine(max_tokens: int) -> Engine:
+        return Engine(model, EngineConfig(max_batch=config.max_batch, max_tokens=max_tokens), weights=weights)
+
+    engines = Engines(open_engine, str(gates.value("prefix_cache")))
+    inputs = SuiteInput(
+        model, engines, data.tokenizer, documents, data.metadata(config.split), drawn, place.trained_window
+    )
     options = SuiteOptions(
         contexts=config.contexts,
         span_tokens=config.span_tokens,
         ablation_documents=config.ablation_documents,
         max_tokens=config.max_tokens,
         batch_documents=config.batch_documents,
+        items=config.items,
         seed=config.seed,
+        strict_contexts=len(config.suites) == 1,
     )
-    with phases() as on_progress:
-        output = suite.run(inputs, options, on_progress)
-    report = EvalReport(
+    return _Subject(config, place, gates, environment, data, inputs, options)
+
+
+def _report(subject: _Subject, suite: Suite, output: SuiteOutput, items: str, seconds: float) -> EvalReport:
+    config, place, data, model = subject.config, subject.place, subject.data, subject.inputs.model
+    return EvalReport(
         suite=suite.name,
         suite_version=suite.version,
         created=utc_now(),
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         checkpoint=_identity(place, model),
         data=DataIdentity(
             directory=str(place.data),
             split=config.split,
             fingerprint=data.fingerprint,
-            prompt_sha256=prompt_hash(documents.__getitem__, output.scored),
+            prompt_sha256=output.prompt_sha256,
             tokenizer_fingerprint=data.tokenizer.fingerprint,
         ),
         seed=config.seed,
-        available=len(documents),
-        n=len(output.scored),
+        available=output.available,
+        n=output.scored,
         excluded=list(output.excluded),
         excluded_by_reason=_count_reasons(output),
-        gates=GateValues(hash=gates.hash, values=gates.values()),
+        gates=GateValues(hash=subject.gates.hash, values=subject.gates.values()),
         backends={name: BackendChoice(**choice._asdict()) for name, choice in model.choices.items()},
         config=config.model_dump(mode="json"),
-        environment=environment,
+        environment=subject.environment,
         metrics=output.metrics,
+        items=ItemsFile(
+            name=items_path(place.out[suite.name]).name, sha256=sha256_hex(items.encode()), lines=len(output.items)
+        ),
         details=output.details,
     )
-    write_result(report, place.out)
-    if log is not None:
-        event = EvalResult(
-            suite=suite.name,
-            metrics=report.metrics,
-            path=shown_path(place.out, place.run_dir),
-            n=report.n,
-            excluded=len(report.excluded),
-        )
-        log.emit(event, step=report.checkpoint.step)
-    return Evaluated(report, place.out)
 
 
-def _choose_device(requested: str) -> torch.device:
-    if requested == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device on this machine; allowed here: auto, cpu")
-    if requested == "auto":
-        requested = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(requested)
-
-
-def _gates(device: torch.device) -> GateSet | GateRefused:
-    """Resolve before any model code runs; a refusal is kept until there is a run log to write it to."""
+def eval_facts(device: torch.device) -> Facts:
+    """What the gates of an evaluation are resolved against. Nothing is drafted, so speculation is refused."""
     on_gpu = device.type == "cuda"
-    facts = Facts(
+    return Facts(
         device="cuda" if on_gpu else "cpu",
         device_name=torch.cuda.get_device_name() if on_gpu else None,
         compute_capability=torch.cuda.get_device_capability() if on_gpu else None,
         device_count=torch.cuda.device_count() if on_gpu else None,
         mimo_backend=choose_backend("auto", device).value,
+        state_slots=True,  # suites that ask questions run them through the engine
     )
+
+
+def _gates(device: torch.device) -> GateSet | GateRefused:
+    """Resolve before any model code runs; a refusal is kept until there is a run log to write it to."""
     try:
-        return resolve(fathom_variables(), facts)
+        return resolve(fathom_variables(), eval_facts(device))
     except GateRefused as refusal:
         return refusal
 
@@ -185,15 +225,6 @@ def _refuse_other_tokenizer(checkpoint: Path, model: HybridLM, data: DataDir) ->
             f"the tokenizer has {data.tokenizer.vocab_size} ids, the model {model.config.vocab_size}: it "
             "cannot have been trained with it"
         )
-
-
-def prompt_hash(read: Callable[[int], np.ndarray[Any, np.dtype[np.int32]]], documents: Sequence[int]) -> str:
-    """sha256 over index, length and ids (little-endian int32) of the documents, in ascending order."""
-    digest = hashlib.sha256()
-    for document in sorted(documents):
-        ids = read(document)
-        digest.update(f"{document} {len(ids)}\n".encode() + ids.astype("<i4").tobytes())
-    return digest.hexdigest()
 
 
 def _identity(place: Place, model: HybridLM) -> CheckpointIdentity:

@@ -8,13 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from apps.eval.report.pages_command import PAGES
 from libs.flags.errors import ExitStatus, UserError, run_entry
 from libs.flags.runs import find_run
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The options of `fathom report RUN`."""
     parser = argparse.ArgumentParser(
-        prog="fathom report", description="Write one self-contained HTML file about a run."
+        prog="fathom report",
+        description="Write one self-contained HTML file about a run; about several: fathom report compare RUN RUN ...",
     )
     parser.add_argument("run", metavar="RUN", help="a run directory, its name under runs/, or runs/latest")
     parser.add_argument("--out", type=Path, help="the file to write (default: RUN/report.html)")
@@ -23,19 +26,64 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report and print where it is."""
-    args = _parser().parse_args(list(sys.argv[1:] if argv is None else argv))
-    if importlib.util.find_spec("jinja2") is None:
-        raise UserError("fathom report needs the package jinja2: install the extra with `pip install 'fathom[eval]'`")
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["compare"]:
+        return _compare(words[1:])
+    if words and words[0] in PAGES:
+        return _page(words[0], words[1:])
+    args = build_parser().parse_args(words)
+    _need_jinja()
     from apps.eval.report.build import REPORT_NAME, write_report
     from apps.eval.report.load import load_run
 
     run_dir = find_run(args.run)
-    out: Path = run_dir / REPORT_NAME if args.out is None else args.out
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: give the name of a file in a directory that exists")
+    out = _checked(run_dir / REPORT_NAME if args.out is None else args.out)
     write_report(load_run(run_dir), out)
     print(f"report: {out}")
     return ExitStatus.OK
+
+
+def compare_parser() -> argparse.ArgumentParser:
+    """The options of `fathom report compare`."""
+    parser = argparse.ArgumentParser(
+        prog="fathom report compare", description="Write one self-contained HTML file about several runs."
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run directories, or their names under runs/")
+    parser.add_argument("--out", type=Path, help="the file to write (default: compare.html here)")
+    return parser
+
+
+def _compare(words: list[str]) -> int:
+    args = compare_parser().parse_args(words)
+    _need_jinja()
+    from apps.eval.report.compare import COMPARE_NAME, load_runs, write_comparison
+
+    out = _checked(Path(COMPARE_NAME) if args.out is None else args.out)
+    write_comparison(load_runs([find_run(run) for run in args.runs]), out)
+    print(f"comparison: {out}")
+    return ExitStatus.OK
+
+
+def _page(name: str, words: list[str]) -> int:
+    args = PAGES[name].build_parser().parse_args(words)
+    _need_jinja()
+    from apps.eval.report.build import write_page
+
+    out = _checked(args.out)
+    write_page(PAGES[name].make(args), out)
+    print(f"report: {out}")
+    return ExitStatus.OK
+
+
+def _need_jinja() -> None:
+    if importlib.util.find_spec("jinja2") is None:
+        raise UserError("fathom report needs the package jinja2: install the extra with `pip install 'fathom[eval]'`")
+
+
+def _checked(out: Path) -> Path:
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: give the name of a file in a directory that exists")
+    return out
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from apps.eval.report.figures import position_figures, speed_figures, training_figures
+from apps.eval.report.figures import Figure, losses, position_figures, speed_figures, training_figures
 from apps.eval.report.load import RunView
+from apps.eval.report.questions import question_figures
+from apps.eval.results import AxisValue, EvalReport, LossByPosition
 from libs.flags.canonical import utc_now
 from libs.flags.errors import UserError
 
@@ -37,14 +39,19 @@ class ConfigRow(NamedTuple):
 
 
 def write_report(view: RunView, path: Path) -> None:
-    """Write the page, whole or not at all.
+    """Write the page of one run. Raises UserError as `write_page`."""
+    write_page(render(view), path)
+
+
+def write_page(page: str, path: Path) -> None:
+    """Write a page, whole or not at all.
 
     Raises:
         UserError: the place cannot be written.
     """
     aside = path.with_name(f".{path.name}.partial")
     try:
-        aside.write_text(render(view), encoding="utf-8")
+        aside.write_text(page, encoding="utf-8")
         os.replace(aside, path)
     except OSError as error:
         raise UserError(f"cannot write the report {path}: {error.strerror}") from error
@@ -52,25 +59,44 @@ def write_report(view: RunView, path: Path) -> None:
 
 def render(view: RunView) -> str:
     """The page as text. It refers to nothing outside itself."""
-    environment = Environment(
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            view=view,
+            tiles=tiles(view),
+            training_figures=training_figures(view),
+            speed_figures=speed_figures(view.steps),
+            evaluations=[(result, result_figures(result)) for result in view.results],
+            config_rows=list(flatten(view.config, view.origins)),
+            shown_packages=SHOWN_PACKAGES,
+            written=utc_now(),
+        )
+    )
+
+
+def environment() -> Environment:
+    """Where templates come from and what they may use; a name that is not given is an error."""
+    found = Environment(
         loader=PackageLoader("apps.eval.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": human_bytes, "duration": human_seconds, "when": _when}
-    template = environment.get_template("report.html.j2")
-    return template.render(
-        view=view,
-        tiles=tiles(view),
-        training_figures=training_figures(view),
-        speed_figures=speed_figures(view.steps),
-        evaluations=[(result, position_figures(result.details)) for result in view.results],
-        config_rows=list(_flatten(view.config, view.origins)),
-        shown_packages=SHOWN_PACKAGES,
-        written=utc_now(),
-    )
+    found.filters |= {"bytes": human_bytes, "duration": human_seconds, "when": _when, "axes": describe_axes}
+    return found
+
+
+def describe_axes(axes: Mapping[str, AxisValue]) -> str:
+    """What a score is over, in words."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in axes.items()) or "all"
+
+
+def result_figures(result: EvalReport) -> list[Figure]:
+    """The figures of one result, whatever its suite."""
+    details = result.details
+    return position_figures(details) if isinstance(details, LossByPosition) else question_figures(details)
 
 
 def tiles(view: RunView) -> list[Tile]:
@@ -81,8 +107,8 @@ def tiles(view: RunView) -> list[Tile]:
         before, after = first["metrics"]["bpb"], last["metrics"]["bpb"]
         note = f"from {before:.3f} at step {first['step']}, {1 - after / before:.0%} lower"
         found.append(Tile("validation bits per byte", f"{after:.3f}", note if last is not first else "one validation"))
-    for result in view.results:
-        bpb = result.details.bpb
+    for result, details in losses(view.results):
+        bpb = details.bpb
         interval = "one document" if bpb.low is None or bpb.high is None else f"95 %: {bpb.low:.3f} to {bpb.high:.3f}"
         found.append(Tile(f"bits per byte, {result.suite}", f"{bpb.value:.3f}", f"{interval}; {result.n} documents"))
     if view.steps:
@@ -96,8 +122,8 @@ def tiles(view: RunView) -> list[Tile]:
             found.append(Tile("peak memory", human_bytes(max(peaks)), "of the process or the device"))
         mfu = last["mfu"]
         found.append(Tile("MFU", "not stated" if mfu is None else f"{mfu:.1%}", last["mfu_reason"] or "last step"))
-    for result in view.results:
-        found.append(Tile("parameters", f"{result.checkpoint.parameters:,}", result.checkpoint.model))
+    for name, size in {result.checkpoint.model: result.checkpoint.parameters for result in view.results}.items():
+        found.append(Tile("parameters", f"{size:,}", name))
     return found
 
 
@@ -124,11 +150,12 @@ def _when(timestamp: str) -> str:
     return f"{timestamp[:10]} {timestamp[11:19]} UTC"
 
 
-def _flatten(config: Mapping[str, Any], origins: Mapping[str, str], prefix: str = "") -> Iterator[ConfigRow]:
+def flatten(config: Mapping[str, Any], origins: Mapping[str, str], prefix: str = "") -> Iterator[ConfigRow]:
+    """Every setting by its dotted key, and where it came from."""
     for key, value in config.items():
         dotted = f"{prefix}{key}"
         if isinstance(value, Mapping) and dotted not in origins:
-            yield from _flatten(value, origins, f"{dotted}.")
+            yield from flatten(value, origins, f"{dotted}.")
         else:
             shown = "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
             yield ConfigRow(dotted, shown, origins.get(dotted, "not recorded"))

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from apps.eval.report.charts import Axes, Level, Series, Share, line_chart, running_mean, share_bar
 from apps.eval.report.load import Event, RunView
-from apps.eval.results import Bucket, Compression, Estimate, LossByPosition
+from apps.eval.results import Bucket, Compression, Estimate, EvalReport, KeyTokens, LossByPosition
 
 _SMOOTHING_SHARE = 40  # the running mean spans one 40th of the steps
 _PHASES = (
@@ -70,13 +70,13 @@ def _bpb(view: RunView, window: int, smoothed: str) -> list[Figure]:
         steps, values = zip(*scored, strict=True)
         series.append(Series("validation", steps, values, 2, style="points"))
     series += [
-        _with_interval("final evaluation", [float(result.checkpoint.step)], [result.details.bpb], 3)
-        for result in view.results
+        points_with_bars("final evaluation", [float(result.checkpoint.step)], [details.bpb], 3)
+        for result, details in losses(view.results)
         if result.checkpoint.step is not None
     ]
     if not series:
         return []
-    levels = [level for result in view.results for level in compressor_levels(result.details.compression)]
+    levels = [level for _, details in losses(view.results) for level in compressor_levels(details.compression)]
     axes = Axes("step", "bits per byte", "Bits per byte of training batches and held-out documents by step")
     caption = smoothed + " Points: whole held-out documents."
     if levels:
@@ -85,6 +85,11 @@ def _bpb(view: RunView, window: int, smoothed: str) -> list[Figure]:
             "document by document."
         )
     return [Figure("Bits per byte", caption, line_chart(axes, series, levels))]
+
+
+def losses(results: Sequence[EvalReport]) -> list[tuple[EvalReport, LossByPosition]]:
+    """The results of the suite that gives bits per byte."""
+    return [(result, result.details) for result in results if isinstance(result.details, LossByPosition)]
 
 
 def compressor_levels(compression: Compression) -> list[Level]:
@@ -99,7 +104,7 @@ def position_figures(details: LossByPosition) -> list[Figure]:
     """Bits per byte by byte offset, and the gain from context."""
     names = [_bucket_name(bucket) for bucket in details.buckets]
     axes = Axes("byte offset from, in the document", "bits per byte", "Bits per byte by byte offset", x_names=names)
-    series = [_with_interval("model", [float(i) for i in range(len(names))], [b.bpb for b in details.buckets], 1)]
+    series = [points_with_bars("model", [float(i) for i in range(len(names))], [b.bpb for b in details.buckets], 1)]
     figures = [
         Figure(
             "Bits per byte by position",
@@ -113,13 +118,28 @@ def position_figures(details: LossByPosition) -> list[Figure]:
         axes = Axes(
             "context before the span, tokens", "bits per byte above the longest", "Gain from context", x_log=True
         )
-        series = [_with_interval("gain", [float(p.context) for p in points], [p.gain for p in points], 3)]
+        series = [points_with_bars("gain", [float(p.context) for p in points], [p.gain for p in points], 3)]
         caption = (
             f"The same last {details.ablation.span_tokens} tokens of {len(details.ablation.documents)} documents, "
             f"scored with less context: how much worse than with {points[-1].context}. Bars: 95 % paired interval."
         )
         figures.append(Figure("What context is worth", caption, line_chart(axes, series)))
+    if details.ablation.key_tokens is not None and details.ablation.key_tokens.points:
+        figures.append(_key_tokens(details.ablation.key_tokens))
     return figures
+
+
+def _key_tokens(keys: KeyTokens) -> Figure:
+    axes = Axes(
+        "context before the span, tokens", "bits per byte", "Bits per byte of key tokens by context", x_log=True
+    )
+    contexts = [float(point.context) for point in keys.points]
+    series = points_with_bars("key tokens", contexts, [point.bpb for point in keys.points], 4)
+    caption = (
+        f"The {keys.tokens} of {keys.of_tokens} tokens that the longest context helps by over {keys.gain_nats:g} nats "
+        "against the shortest, chosen by this model itself: both ends follow from the choice, the way between counts."
+    )
+    return Figure("Where context decides", caption, line_chart(axes, [series]))
 
 
 def speed_figures(steps: Sequence[Event]) -> list[Figure]:
@@ -156,7 +176,7 @@ def speed_figures(steps: Sequence[Event]) -> list[Figure]:
     return figures
 
 
-def _with_interval(label: str, xs: Sequence[float], estimates: Sequence[Estimate], colour: int) -> Series:
+def points_with_bars(label: str, xs: Sequence[float], estimates: Sequence[Estimate], colour: int) -> Series:
     """Points with bars; a point without an interval gets a bar of no length."""
     return Series(
         label,

@@ -6,13 +6,14 @@ the same and only the context is cut. Not for scoring whole documents (loss_by_p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from apps.eval.results import Ablation, AblationPoint, Estimate
+from apps.eval.results import Ablation, AblationPoint, Estimate, KeyTokenPoint, KeyTokens
 from apps.eval.suites.suite import SuiteInput, SuiteOptions
 from libs.flags.errors import UserError
 from libs.model.score import score_documents
@@ -20,6 +21,8 @@ from libs.model.score import score_documents
 SHORTEST_CONTEXT = 64
 # The automatic longest context is one that so many documents have: a curve over two documents says nothing.
 DOCUMENTS_FOR_A_CURVE = 8
+# Of LongPPL (arXiv 2410.23771, section 3.2), in nats: alpha and beta of the paper.
+KEY_GAIN_NATS, KEY_FLOOR_NATS = 2.0, -2.0
 
 
 class Contexts(NamedTuple):
@@ -33,12 +36,22 @@ def choose_contexts(lengths: Sequence[int], options: SuiteOptions) -> Contexts:
     """The lengths that were asked for, or powers of two up to the longest that enough documents have.
 
     Raises:
-        UserError: lengths were asked for that no document has, or that `max_tokens` forbids.
+        UserError: fewer than two lengths were asked for, or one that no document has or `max_tokens` forbids; unless
+            the contexts are not strict: then what cannot be had is left out, and the reason says so.
     """
     span = options.span_tokens
     if options.contexts is not None:
         longest = options.contexts[-1]
         have = max(lengths, default=0)
+        if not options.strict_contexts:
+            there = [n for n in options.contexts if n + span <= min(have, options.max_tokens)]
+            left = [n for n in options.contexts if n not in there]
+            rule = "requested" + (
+                f"; left out, as no drawn document has them before a span of {span}: {left}" if left else ""
+            )
+            return Contexts(tuple(there), rule) if len(there) > 1 else Contexts((), f"{rule}; fewer than two")
+        if len(options.contexts) < 2:
+            raise UserError(f"--context {longest}: a curve needs two or more lengths")
         if longest + span > options.max_tokens:
             raise UserError(f"--context {longest} and --span-tokens {span} exceed --max-tokens {options.max_tokens}")
         if longest + span > have:
@@ -81,37 +94,70 @@ def run_ablation(
             too_short=sorted(scored),
             not_used=[],
             points=[],
+            key_tokens=None,
             reason=f"no curve: {contexts.reason}",
         )
     room = [document for document, n in scored.items() if n >= contexts.lengths[-1] + span]
     used = sorted(room[: options.ablation_documents])
-    bits = {length: np.zeros(len(used)) for length in contexts.lengths}
-    n_bytes = np.zeros(len(used))
-    total = len(used) * len(contexts.lengths)
+    shape = (len(contexts.lengths), len(used), span)
+    bits_LDS, bytes_DS = np.zeros(shape), np.zeros(shape[1:])
     for column, document in enumerate(used):
         ids = inputs.documents[document]
         for row, length in enumerate(contexts.lengths):
-            cut_bits, n_bytes[column] = _span_score(inputs, ids[-(length + span) :], options)
-            bits[length][column] = cut_bits
-            on_progress(column * len(contexts.lengths) + row + 1, total)
+            bits_LDS[row, column], bytes_DS[column] = _span_score(inputs, ids[-(length + span) :], options)
+            on_progress(column * len(contexts.lengths) + row + 1, len(used) * len(contexts.lengths))
+    bits_LDS[:, bytes_DS == 0] = 0.0  # special tokens count in neither sum
+    bits = {length: bits_LDS[row].sum(1) for row, length in enumerate(contexts.lengths)}
     return Ablation(
         span_tokens=span,
         contexts_reason=contexts.reason,
         documents=used,
         too_short=sorted(document for document in scored if document not in room),
         not_used=sorted(room[options.ablation_documents :]),
-        points=_points(bits, n_bytes, options.seed),
+        points=_points(bits, bytes_DS.sum(1), options.seed),
+        key_tokens=key_tokens(contexts.lengths, bits_LDS, bytes_DS, options.seed),
         reason=None,
     )
 
 
-def _span_score(inputs: SuiteInput, cut: NDArray[np.int32], options: SuiteOptions) -> tuple[float, float]:
-    """Bits and bytes of the last `span_tokens` targets of one cut document."""
+def _span_score(
+    inputs: SuiteInput, cut: NDArray[np.int32], options: SuiteOptions
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Bits and bytes of each of the last `span_tokens` targets of one cut document."""
     table = inputs.tokenizer.token_bytes
     (score,) = score_documents(inputs.model, [cut], table, max_tokens=options.max_tokens)
     assert score.excluded is None, score.excluded
-    nll, size = score.nll_bits[-options.span_tokens :], score.n_bytes[-options.span_tokens :]
-    return float(nll[size > 0].sum()), float(size.sum())
+    return score.nll_bits[-options.span_tokens :], score.n_bytes[-options.span_tokens :]
+
+
+def key_tokens(
+    lengths: Sequence[int], bits_LDS: NDArray[np.float64], bytes_DS: NDArray[np.float64], seed: int
+) -> KeyTokens:
+    """Bits per byte of the targets that the longest context helps most (LongPPL, arXiv 2410.23771, section 3.2).
+
+    Args:
+        bits_LDS: bits of each target: contexts in rising order, documents, targets. bytes_DS: 0 for special tokens.
+    """
+    nats_LDS = bits_LDS * math.log(2)
+    gain_DS, floor_DS = nats_LDS[0] - nats_LDS[-1], -nats_LDS[-1]
+    key_DS = (gain_DS > KEY_GAIN_NATS) & (floor_DS > KEY_FLOOR_NATS) & (bytes_DS > 0)
+    here_D = key_DS.any(1)  # a document without a key token has no ratio to resample
+    key_bytes_D = (bytes_DS * key_DS).sum(1)[here_D]
+    points = [
+        KeyTokenPoint(
+            context=length,
+            bpb=Estimate.of_ratio((bits_LDS[row] * key_DS).sum(1)[here_D], key_bytes_D, seed=seed),
+        )
+        for row, length in enumerate(lengths if here_D.any() else ())
+    ]
+    return KeyTokens(
+        gain_nats=KEY_GAIN_NATS,
+        floor_nats=KEY_FLOOR_NATS,
+        tokens=int(key_DS.sum()),
+        of_tokens=int((bytes_DS > 0).sum()),
+        documents=int(here_D.sum()),
+        points=points,
+    )
 
 
 def _points(bits: Mapping[int, NDArray[np.float64]], n_bytes: NDArray[np.float64], seed: int) -> list[AblationPoint]:

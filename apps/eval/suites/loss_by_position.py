@@ -6,14 +6,16 @@ Not for validation during training, which scores a fixed sample with the same sc
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from pydantic import JsonValue
 
 from apps.eval.results import Ablation, Bucket, Compression, Estimate, Excluded, LossByPosition
 from apps.eval.suites.ablation import run_ablation
 from apps.eval.suites.compression import compress
-from apps.eval.suites.suite import OnProgress, Suite, SuiteInput, SuiteOptions, SuiteOutput
+from apps.eval.suites.suite import Documents, OnProgress, Suite, SuiteInput, SuiteOptions, SuiteOutput
 from libs.flags.errors import UserError
 from libs.model.score import DocumentScore, score_documents
 
@@ -45,9 +47,7 @@ def run(inputs: SuiteInput, options: SuiteOptions, on_progress: OnProgress) -> S
         batch_documents=options.batch_documents,
     ):
         document = inputs.drawn[score.position]
-        reason = score.excluded
-        if reason is None and not score.n_bytes.any():
-            reason = "no target stands for a byte"
+        reason = score.excluded or (None if score.n_bytes.any() else "no target stands for a byte")
         if reason is None:
             scores[document] = score
         else:
@@ -71,11 +71,29 @@ def run(inputs: SuiteInput, options: SuiteOptions, on_progress: OnProgress) -> S
         trained_window=inputs.trained_window,
     )
     return SuiteOutput(
-        scored=tuple(ordered),
-        excluded=tuple(sorted(excluded, key=lambda item: item.document)),
+        scored=len(ordered),
+        available=len(inputs.documents),
+        excluded=tuple(sorted(excluded, key=lambda item: item.document or 0)),
+        prompt_sha256=prompt_hash(inputs.documents, list(ordered)),
         metrics=_metrics(details),
+        items=tuple(_line(document, score) for document, score in ordered.items()),
         details=details,
     )
+
+
+def prompt_hash(documents: Documents, scored: Sequence[int]) -> str:
+    """sha256 over index, length and ids (little-endian int32) of the documents, in ascending order."""
+    digest = hashlib.sha256()
+    for document in sorted(scored):
+        ids = documents[document]
+        digest.update(f"{document} {len(ids)}\n".encode() + ids.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _line(document: int, score: DocumentScore) -> dict[str, JsonValue]:
+    """What the item file says of a document."""
+    bits, size = float(score.nll_bits[score.n_bytes > 0].sum()), int(score.n_bytes.sum())
+    return {"document": document, "tokens": score.n_tokens, "bytes": size, "bits": bits, "bpb": bits / size}
 
 
 def bucket_scores(scores: Sequence[DocumentScore], *, seed: int) -> list[Bucket]:
@@ -141,7 +159,9 @@ def _metrics(details: LossByPosition) -> dict[str, float]:
 
 
 def _gains(ablation: Ablation) -> dict[str, float]:
-    return {f"gain_context_{point.context}": point.gain.value for point in ablation.points}
+    gains = {f"gain_context_{point.context}": point.gain.value for point in ablation.points}
+    keys = [] if ablation.key_tokens is None else ablation.key_tokens.points
+    return gains | {f"key_token_bpb_context_{point.context}": point.bpb.value for point in keys}
 
 
 LOSS_BY_POSITION = Suite(

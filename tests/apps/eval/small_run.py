@@ -109,21 +109,22 @@ def build_data_dir(path: Path, sizes: dict[str, list[int]]) -> Path:
     return path
 
 
-def tiny_config() -> ModelConfig:
+def tiny_config(vocab_size: int | None = None) -> ModelConfig:
+    """vocab_size: None for that of the bytes tokenizer."""
     base = preset("cpu_tiny").model_dump()
-    return ModelConfig.parse({**base, "vocab_size": Tokenizer.bytes_tokenizer().vocab_size})
+    return ModelConfig.parse({**base, "vocab_size": vocab_size or Tokenizer.bytes_tokenizer().vocab_size})
 
 
-def tiny_model(seed: int = 0) -> HybridLM:
-    model = HybridLM(tiny_config())
+def tiny_model(seed: int = 0, vocab_size: int | None = None) -> HybridLM:
+    model = HybridLM(tiny_config(vocab_size))
     model.reset_parameters(seed)
     return model
 
 
-def save_checkpoint(run_dir: Path, step: int, data_dir: Path, *, anchor: str) -> str:
+def save_checkpoint(run_dir: Path, step: int, data_dir: Path, *, anchor: str, vocab_size: int | None = None) -> str:
     final = run_dir / "checkpoints" / checkpoint_name(step)
     staging = staging_directory(final)
-    save_model(staging, tiny_model(step))
+    save_model(staging, tiny_model(step, vocab_size))
     (staging / "tokenizer.json").write_bytes((data_dir / "tokenizer.json").read_bytes())
     (staging / "trainer.json").write_text(json.dumps({"step": step, "audit_anchor": anchor}))
     return commit(staging, final)
@@ -158,7 +159,7 @@ def open_records(run_dir: Path, data_dir: Path, gates: GateSet | None, attempt: 
     return log, AuditLog.open(audit_path(run_dir), RUN_ID, attempt)
 
 
-def make_run(run_dir: Path, data_dir: Path, *, steps: int = 40) -> Path:
+def make_run(run_dir: Path, data_dir: Path, *, steps: int = 40, vocab_size: int | None = None) -> Path:
     """A completed run: training steps, three validations, two checkpoints."""
     gates = resolve({}, Facts())
     log, audit = open_records(run_dir, data_dir, gates)
@@ -180,7 +181,7 @@ def make_run(run_dir: Path, data_dir: Path, *, steps: int = 40) -> Path:
             path = f"checkpoints/{checkpoint_name(step)}"
             log.emit(CheckpointBegin(path=path, reason="schedule"), step=step)
             anchor = str(audit.anchor())
-            digest = save_checkpoint(run_dir, step, data_dir, anchor=anchor)
+            digest = save_checkpoint(run_dir, step, data_dir, anchor=anchor, vocab_size=vocab_size)
             log.emit(CheckpointCommit(path=path, sha256=digest, seconds=0.2, audit_anchor=anchor), step=step)
     log.emit(RunStop(status="completed", exit_code=0, reason="all steps done", audit_anchor=str(audit.anchor())))
     log.close()

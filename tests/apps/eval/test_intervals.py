@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from apps.eval.intervals import bootstrap_ratio, paired_ratio
+from apps.eval.intervals import bootstrap_ratio
+from libs.flags.paired import paired_ratio
 
 
 def test_bootstrap_agrees_with_a_loop_over_resamples() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,13 +10,15 @@ import pytest
 
 from apps.eval.__main__ import main
 from apps.eval.config import parse_tokens
-from apps.eval.results import read_result
+from apps.eval.results import items_path, read_result
+from apps.eval.suites import SUITES
 from libs.flags.audit_record import audit_path
 from libs.flags.errors import UserError, run_entry
 from libs.flags.logcheck import check_log
 from libs.flags.runlog import log_path, read_events
 from libs.flags.runs import verify_run
 from libs.model.checkpoint import MARKER, commit
+from libs.model.text.shards import DataDir
 from tests.apps.eval.small_run import RUN_ID, build_data_dir, make_run, save_checkpoint
 
 QUICK = ("--suite", "loss_by_position", "--max-documents", "4", "--span-tokens", "32")
@@ -55,8 +58,13 @@ def test_result_and_record(run_dir: Path, data_dir: Path, capsys: pytest.Capture
 def test_same_again_gives_the_same_numbers_and_keeps_the_first_file(run_dir: Path) -> None:
     for _ in range(2):
         assert run_cli("--checkpoint", run_dir, *QUICK) == 0
-    files = sorted((run_dir / "eval").iterdir())
+    files = sorted((run_dir / "eval").glob("*.json"))
     assert len(files) == 2
+    assert {items_path(file) for file in files} == set((run_dir / "eval").glob("*.jsonl"))
+    for file in files:
+        written = items_path(file).read_bytes()
+        assert read_result(file).items.sha256 == hashlib.sha256(written).hexdigest()
+        assert written.count(b"\n") == read_result(file).items.lines == read_result(file).n
     first, second = (read_result(file) for file in files)
     assert first.details == second.details
     assert first.metrics == second.metrics
@@ -115,6 +123,8 @@ def test_a_failed_evaluation_is_recorded_as_failed(run_dir: Path) -> None:
         ([*QUICK, "--split", "test"], "--split"),
         ([*QUICK, "--data", "/nonexistent"], "no data directory"),
         ([*QUICK, "--context", "64,60k"], "no drawn document"),
+        ([*QUICK, "--items", "0"], "--items"),
+        (["--suite", "needle,scop"], "did you mean 'scope'"),
     ],
 )
 def test_usage_errors_say_what_is_wrong(
@@ -183,3 +193,36 @@ def test_lengths_are_written_with_a_unit() -> None:
     for text in ("", "0", "-1", "1.5k", "4m"):
         with pytest.raises(UserError):
             parse_tokens(text)
+
+
+@pytest.mark.slow
+def test_several_suites_are_one_attempt_with_a_result_each(tmp_path: Path, cpp_dir: Path) -> None:
+    """`--suite all` on a tiny model over real C++; lengths that only some suites can have do not stop the others."""
+    run_dir = tmp_path / RUN_ID
+    run_dir.mkdir()
+    make_run(run_dir, cpp_dir, steps=20, vocab_size=DataDir.open(cpp_dir).tokenizer.vocab_size)
+    quick = ("--max-documents", "30", "--items", "1", "--context", "512,2k", "--max-tokens", "2k")
+    assert run_cli("--checkpoint", run_dir, "--suite", "all", *quick) == 0
+    results = {path.stem: read_result(path) for path in (run_dir / "eval").glob("*.json")}
+    assert results.keys() == SUITES.keys()
+    for name, result in results.items():
+        lines = [json.loads(line) for line in items_path(run_dir / "eval" / f"{name}.json").read_text().splitlines()]
+        assert len(lines) == result.items.lines
+        assert result.n > 0
+        assert sum(not line.get("control") for line in lines) == result.n
+        assert len(result.data.prompt_sha256) == 64
+    assert results["needle"].details.prefix.mode == "off"
+    events = [event for event in read_events(run_dir) if event["attempt"] == 1]
+    assert [e["suite"] for e in events if e["event"] == "eval.result"] == list(SUITES)
+    assert [e["gate"] for e in events if e["event"] == "gate.exposed"] == ["prefix_cache", "mtp_speculation"]
+    assert check_log(run_dir).violations == ()
+    assert verify_run(run_dir)[0].status == "intact"
+
+
+def test_a_file_that_is_no_result_is_not_overwritten(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "eval").mkdir()
+    mine = run_dir / "eval" / "loss_by_position.json"
+    mine.write_text("my notes")
+    assert run_cli("--checkpoint", run_dir, *QUICK) == 2
+    assert "no evaluation result" in capsys.readouterr().err
+    assert mine.read_text() == "my notes"

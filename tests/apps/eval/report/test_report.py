@@ -11,7 +11,9 @@ import pytest
 
 from apps.eval.__main__ import main as eval_main
 from apps.eval.report.__main__ import main
+from apps.eval.report.compare import warnings
 from apps.eval.report.load import load_run
+from apps.eval.results import Estimate, EvalReport, PrefixUse, QuestionScores, Score, read_result, write_result
 from libs.flags.audit_record import audit_path
 from libs.flags.errors import run_entry
 from libs.flags.events import AnomalyNonfinite, CheckpointRestore, RunStart, SignalReceived
@@ -84,7 +86,7 @@ def test_a_finished_run_with_an_evaluation(run_dir: Path) -> None:
         assert title in page.text
     for title in ("Memory", "Where a step's time goes", "Gates", "Records", "Checkpoints", "Config", "Environment"):
         assert title in page.text
-    assert page.tags.count("svg") == 9
+    assert page.tags.count("svg") >= 9
     result = json.loads((run_dir / "eval" / "loss_by_position.json").read_text())
     assert f"{result['details']['bpb']['value']:.4f}" in page.text
     for compressor in result["details"]["compression"]["compressors"]:
@@ -97,6 +99,141 @@ def test_a_finished_run_with_an_evaluation(run_dir: Path) -> None:
     assert "prefers-color-scheme:dark" in html
     assert 'name="viewport"' in html
     assert str(run_dir / "report.html") not in html
+
+
+def make_result(run_dir: Path, suite: str, details: QuestionScores) -> EvalReport:
+    """A result of another suite, made of the one that is there."""
+    model = read_result(run_dir / "eval" / "loss_by_position.json")
+    result = model.model_copy(update={"suite": suite, "details": details, "metrics": {}})
+    write_result(result, "", run_dir / "eval" / f"{suite}.json")
+    return result
+
+
+def score(metric: str, value: float, chance: float | None = None, **axes: str | int | float) -> Score:
+    bounds = Estimate(value=value, low=value - 0.05, high=value + 0.05)
+    return Score(axes=axes, metric=metric, n=20, units=5, estimate=bounds, chance=chance)
+
+
+def scores_of(suite: str, shift: float = 0.0) -> QuestionScores:
+    cells = {
+        "needle": [
+            score(metric, (length + 1000 * depth) / 30_000 + shift, chance, length=length, depth=depth)
+            for metric, chance in (("exact_match", 0.0), ("choice", 0.25))
+            for length in (1024, 16384) for depth in (0.0, 0.5, 1.0)
+        ],
+        "scope": [score("right", 0.61 + shift, 0.5, kind="real", length=1024, distance=128)],
+        "callgraph": [],
+        "completion": [
+            score("edit_similarity", 0.4 + shift, span=span, order=order)
+            for span in ("line", "node") for order in ("psm", "spm")
+        ],
+    }  # fmt: skip
+    totals = {
+        "needle": [score("choice", 0.4 + shift, 0.25, kind="single", length=1024), score("choice", 0.37 + shift, 0.25),
+                   score("choice", 0.377 + shift, 0.25, length=1024)],
+        "scope": [score("right", 0.62 + shift, 0.5, kind="real", distance=d) for d in (128, 512)],
+        "callgraph": [score("edit_similarity", 0.123 + shift, context=c) for c in ("none", "same_file", "full")],
+        "completion": [score("edit_similarity", 0.456 + shift, order="psm")],
+    }  # fmt: skip
+    use = PrefixUse(
+        mode="snapshots", prompt_tokens=1000, matched_tokens=900, skipped_tokens=876, computed_tokens=124, verified=3,
+        note="same bits",
+    )  # fmt: skip
+    return QuestionScores(
+        kind=suite,  # type: ignore[arg-type]
+        metrics=dict.fromkeys(("exact_match", "choice", "right", "edit_similarity"), "share of what is meant"),
+        cells=cells[suite], totals=totals[suite], control=[score("choice", 0.251, 0.25)], prefix=use,
+        trained_window=128,
+    )  # fmt: skip
+
+
+def evaluated(run_dir: Path) -> None:
+    arguments = [
+        "--checkpoint",
+        str(run_dir),
+        "--suite",
+        "loss_by_position",
+        "--max-documents",
+        "4",
+        "--span-tokens",
+        "32",
+    ]
+    assert run_entry(eval_main, arguments) == 0
+
+
+def test_suites_that_ask_questions(run_dir: Path) -> None:
+    evaluated(run_dir)
+    for suite in ("needle", "scope", "callgraph", "completion"):
+        make_result(run_dir, suite, scores_of(suite))
+    page, html = report(run_dir)
+    check_offline(page, html)
+    for title in ("Needles answered", "Needles chosen among four", "Right names by distance", "Next line by context"):
+        assert title in page.text
+    assert "876 of 1,000 prompt tokens skipped" in page.text
+    assert "verified 3: same bits" in page.text
+    assert "control: all" in page.text
+    # The heat map in words: every cell, in the description that stands for the picture.
+    (spoken,) = [text for text in re.findall(r'aria-label="([^"]*)"', html) if text.startswith("Needles answered")]
+    for length in ("1k", "16k"):
+        for depth in ("0%", "50%", "100%"):
+            assert f"{length} tokens, depth {depth}: exact_match" in spoken
+    assert "0.546 (0.496 to 0.596), n = 20" in spoken  # 16384 tokens, depth 0
+    shades = [float(x) for x in re.findall(r'fill-opacity="([\d.]+)"', html)]
+    assert len(shades) == 12
+    assert sorted(shades)[0] < sorted(shades)[-1]
+
+
+def test_a_comparison_shows_what_differs_and_results_side_by_side(tmp_path: Path, data_dir: Path) -> None:
+    runs = []
+    for number, (steps, shift) in enumerate(((20, 0.0), (40, 0.1))):
+        run = tmp_path / f"run{number}"
+        run.mkdir()
+        make_run(run, data_dir, steps=steps)
+        evaluated(run)
+        make_result(run, "needle", scores_of("needle", shift))
+        runs.append(run)
+    config = json.loads((log := log_path(runs[1])).read_text().splitlines()[1])
+    assert config["event"] == "config.resolved"
+    log.write_text(log.read_text().replace('"lr":0.001', '"lr":0.5'))
+    out = tmp_path / "compare.html"
+    assert run_entry(main, ["compare", *map(str, runs), "--out", str(out)]) == 0
+    html = out.read_text()
+    page = Page(html)
+    check_offline(page, html)
+    differs = html[html.index('id="differences"') : html.index('id="curves"')]
+    assert "optim.lr" in differs
+    assert "<td>0.001</td><td>0.5</td>" in differs
+    assert "data.window" not in differs, "the same in both"
+    assert "0.3700 (0.3200 to 0.4200)" in page.text
+    assert "0.4700 (0.4200 to 0.5200)" in page.text
+    for title in ("Training", "Validation", "Bits per byte by position", "Needles chosen among four"):
+        assert title in page.text
+    bpb = [read_result(run / "eval" / "loss_by_position.json").details.bpb.value for run in runs]
+    assert all(f"{value:.4f}" in page.text for value in bpb)
+    assert "not of the same questions" not in page.text
+
+
+def test_results_of_other_questions_are_said_to_be_so(tmp_path: Path, data_dir: Path) -> None:
+    runs = []
+    for number in range(2):
+        run = tmp_path / f"run{number}"
+        run.mkdir()
+        make_run(run, data_dir, steps=20)
+        arguments = ["--checkpoint", str(run), "--suite", "loss_by_position", "--span-tokens", "32"]
+        assert run_entry(eval_main, [*arguments, "--max-documents", str(4 + number)]) == 0
+        runs.append(run)
+    found = warnings([load_run(run) for run in runs])
+    assert len(found) == 1
+    assert "loss_by_position: what was scored differ" in found[0]
+
+
+def test_a_comparison_needs_two_different_runs(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for runs, message in (([run_dir], "2 to 5"), ([run_dir, run_dir], "twice"), ([run_dir, tmp_path], "not a run")):
+        assert run_entry(main, ["compare", *map(str, runs), "--out", str(tmp_path / "c.html")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "c.html").exists()
 
 
 def test_every_gate_shows_its_outcome_and_stage(run_dir: Path) -> None:

@@ -9,32 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from apps.eval.suites.ablation import choose_contexts
+from apps.eval.suites.ablation import choose_contexts, key_tokens
 from apps.eval.suites.loss_by_position import bucket_edges, bucket_scores, run
-from apps.eval.suites.suite import SuiteInput, SuiteOptions, SuiteOutput
+from apps.eval.suites.suite import SuiteInput, SuiteOutput
 from libs.flags.errors import UserError
-from libs.model import HybridLM, ModelConfig, preset
 from libs.model.score import DocumentScore
-from libs.model.text.shards import DataDir
-from libs.model.text.tokenizer import Tokenizer
-
-OPTIONS = SuiteOptions(contexts=None, span_tokens=64, ablation_documents=32, max_tokens=4096, batch_documents=1, seed=0)
-
-
-@pytest.fixture(scope="module")
-def model() -> HybridLM:
-    base = preset("cpu_tiny").model_dump()
-    built = HybridLM(ModelConfig.parse({**base, "vocab_size": Tokenizer.bytes_tokenizer().vocab_size}))
-    built.reset_parameters(3)
-    with torch.no_grad():  # far from the flat start, so that wrong targets would show
-        built.embedding.weight.mul_(20)
-    return built
+from tests.apps.eval.suites.questions_support import OPTIONS, inputs_of
 
 
 @pytest.fixture
-def inputs(model: HybridLM, data_dir: Path) -> SuiteInput:
-    data = DataDir.open(data_dir)
-    return SuiteInput(model, data.tokenizer, data.documents("valid"), list(range(12)), 128)
+def inputs(data_dir: Path) -> SuiteInput:
+    return inputs_of(data_dir)._replace(drawn=list(range(12)))
+
+
+def scored(output: SuiteOutput) -> list[int]:
+    return [int(str(item["document"])) for item in output.items]
 
 
 def score(inputs: SuiteInput, **changes: object) -> SuiteOutput:
@@ -78,8 +67,9 @@ def test_too_long_is_excluded_and_listed_never_cut(inputs: SuiteInput) -> None:
     assert expected
     assert {item.document for item in output.excluded} == expected
     assert all(str(lengths[item.document]) in item.reason for item in output.excluded)
-    assert set(output.scored) == set(range(12)) - expected
-    assert output.details.scored_tokens == sum(lengths[i] - 1 for i in output.scored)
+    assert set(scored(output)) == set(range(12)) - expected
+    assert output.scored == 12 - len(expected)
+    assert output.details.scored_tokens == sum(lengths[i] - 1 for i in scored(output))
     with pytest.raises(UserError, match="nothing to score"):
         score(inputs, max_tokens=10)
 
@@ -149,7 +139,7 @@ def test_contexts_are_chosen_with_a_reason_or_refused() -> None:
     with pytest.raises(UserError, match="longest context is 536"):
         choose_contexts(lengths, OPTIONS._replace(contexts=(64, 1024)))
     with pytest.raises(UserError, match="max-tokens"):
-        choose_contexts(lengths, OPTIONS._replace(contexts=(64, 8192)))
+        choose_contexts(lengths, OPTIONS._replace(contexts=(64, 8192), max_tokens=4096))
 
 
 def test_no_curve_is_said_not_hidden(inputs: SuiteInput) -> None:
@@ -158,3 +148,43 @@ def test_no_curve_is_said_not_hidden(inputs: SuiteInput) -> None:
     assert ablation.reason is not None
     assert ablation.reason.startswith("no curve")
     assert ablation.too_short == [0, 1, 2]
+
+
+def test_contexts_that_cannot_be_had_are_named_when_other_suites_use_them_too() -> None:
+    lengths = [40, 200, *[600] * 8]
+    lenient = OPTIONS._replace(strict_contexts=False)
+    found = choose_contexts(lengths, lenient._replace(contexts=(64, 256, 1024)))
+    assert found.lengths == (64, 256)
+    assert "[1024]" in found.reason
+    assert choose_contexts(lengths, lenient._replace(contexts=(64, 1024))).lengths == ()
+    with pytest.raises(UserError, match="two or more"):
+        choose_contexts(lengths, OPTIONS._replace(contexts=(64,)))
+
+
+def test_key_tokens_against_one_target_at_a_time() -> None:
+    rng = np.random.default_rng(0)
+    bits = rng.gamma(2, 2, (3, 4, 50))
+    sizes = rng.integers(0, 3, (4, 50)).astype(float)
+    sizes[3], bits[:, 3] = 1.0, 5.0  # a document in which context changes nothing
+    bits[:, sizes == 0] = 0.0
+    found = key_tokens((64, 256, 1024), bits, sizes, seed=0)
+    keys = []
+    for document in range(4):
+        for target in range(50):
+            short, longest = (float(bits[row, document, target]) * math.log(2) for row in (0, 2))
+            if sizes[document, target] and -longest - -short > 2.0 and -longest > -2.0:
+                keys.append((document, target))
+    assert 5 < len(keys) < 150
+    assert found.tokens == len(keys)
+    assert found.documents == len({document for document, _ in keys}) == 3
+    assert found.of_tokens == int((sizes > 0).sum())
+    for row, point in enumerate(found.points):
+        expected = sum(bits[row][key] for key in keys) / sum(sizes[key] for key in keys)
+        assert point.bpb.value == pytest.approx(expected)
+    assert found.points[0].bpb.value > found.points[-1].bpb.value
+
+
+def test_no_key_tokens_is_said_not_guessed() -> None:
+    bits, sizes = np.ones((2, 3, 5)), np.ones((3, 5))
+    found = key_tokens((64, 128), bits, sizes, seed=0)
+    assert (found.tokens, found.documents, found.points) == (0, 0, [])

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from apps.doctor.machine import Machine
 from apps.doctor.selftests import SelfTest
-from apps.doctor.versions import TORCH_TPU, XLA, Bad, known_bad
+from apps.doctor.versions import Bad, known_bad
 
 _HOPPER = (9, 0)
 _SETUP = "make setup"
 _HOPPER_SETUP = "docker build -f infra/docker/cuda.Dockerfile . (or, without a network, infra/gpu/prepare.sh OUT)"
-_TPU_SETUP = f"python3.11 -m venv .venv-tpu && .venv-tpu/bin/pip install 'torch=={TORCH_TPU}' 'torch_xla[tpu]=={XLA}'"
+_TPU_SETUP = "make setup-tpu, then .venv-tpu/bin/fathom (on a TPU VM with TORCH_INDEX=...: infra/tpu/README.md)"
 # What each lane imports: a bad version of anything else is a warning to it, not a fault.
 _COMMON = ("python", "torch", "megatron-core", "pydantic", "numpy")
 
@@ -106,7 +106,7 @@ def _hopper(machine: Machine, bad: Sequence[Bad], selftests: Sequence[SelfTest])
     for package, gate in (("liger-kernel", "fused_linear_ce"), ("transformer-engine", "fp8_param_gather")):
         if package not in machine.packages:
             limits.append(f"gate {gate} will refuse: {package} is not installed")
-    run = "fathom train --recipe h200_8x_bf16 (with torchrun: infra/launch/README.md)"
+    run = "fathom train --recipe h200_1x_smoke --train.mimo_backend tilelang (eight GPUs: infra/launch/README.md)"
     return Lane("CUDA, Hopper", tuple(missing), tuple(limits), _HOPPER_SETUP if missing else run)
 
 
@@ -114,5 +114,5 @@ def _tpu(machine: Machine, bad: Sequence[Bad], selftests: Sequence[SelfTest]) ->
     missing = _base(machine, bad, selftests) if "torch-xla" in machine.packages else []
     if machine.xla_error is not None:
         missing.append(machine.xla_error)
-    run = "fathom doctor (the TPU answers; training on it: README.md, lanes)"
+    run = "fathom train --recipe v6e_4k_hybrid"
     return Lane("TPU", tuple(missing), (), _TPU_SETUP if missing else run)

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from libs.flags.facts import Facts
 from libs.flags.preconditions import package, release
+from libs.parallel.xla.pins import PINS
 
-TORCH, TORCH_TPU, XLA = "2.13.0", "2.9.0", "2.9.0"
+TORCH, TORCH_TPU, XLA = "2.13.0", PINS["torch"], PINS["torch_xla"]
 
 
 class Rule(NamedTuple):

@@ -144,6 +144,56 @@ def _draft_fits_block(_value: GateValue, facts: Facts) -> str | None:
     return None if 0 < draft < block else f"needs a draft length in 1..{block - 1}, it is {draft}"
 
 
+@needs(
+    "model.homogeneous_stack",
+    "a stack that is one unit of layers repeated",
+    "use a pattern of equal units; runs, which leaves the others to the plain loop; or off",
+    values=("on",),
+)
+def _one_run(_value: GateValue, facts: Facts) -> str | None:
+    if facts.homogeneous_stack:
+        return None
+    found = "unknown here" if facts.homogeneous_stack is None else facts.stack_difference or "it is not"
+    return f"needs a homogeneous stack: {found}"
+
+
+@needs(
+    "model.homogeneous_runs",
+    "equal units of layers side by side",
+    "use a pattern in which a unit repeats, or off",
+    values=("runs",),
+)
+def _some_run(_value: GateValue, facts: Facts) -> str | None:
+    if facts.homogeneous_runs:
+        return None
+    found = "unknown here" if facts.homogeneous_runs is None else "the stack has none"
+    return f"needs equal units of layers side by side: {found}"
+
+
+@needs(
+    "config.block_checkpointing",
+    "activation_checkpointing = block",
+    "set train.activation_checkpointing = block, or leave the gate off",
+)
+def _layers_recomputed(_value: GateValue, facts: Facts) -> str | None:
+    found = facts.activation_checkpointing
+    if found == "block":
+        return None
+    return f"needs activation_checkpointing = block, as a loop recomputes its layers: it is {found or 'unknown here'}"
+
+
+@needs(
+    "fact.attention_in_tile_table",
+    "attention shapes in the tile table",
+    "use a shape of the table, or compile one ahead of time and add it",
+)
+def _attention_in_table(_value: GateValue, facts: Facts) -> str | None:
+    if facts.attention_in_tile_table:
+        return None
+    found = "unknown here" if facts.attention_in_tile_table is None else facts.attention_tile_refusal or "they are not"
+    return f"needs attention shapes in the tile table: {found}"
+
+
 _STATE_SLOTS = fact_true(
     "state_slots", "recurrent-state slots to snapshot", "use memory_only, which never skips prefill"
 )._replace(values=("snapshots",))
@@ -263,41 +313,25 @@ _DECLARED = build_catalog(
         ),
         GateSpec(
             name="xla_scan_layers",
-            kind=Kind.BOOL,
-            values=("off", "on"),
-            stage=Stage.SCAFFOLD,
+            kind=Kind.ENUM,
+            values=("off", "on", "runs"),
+            stage=Stage.EXPERIMENTAL,
             since=_SINCE,
             expiry=_EXPIRY,
             owner="tpu",
-            summary="One traced layer scanned over the stack, for a shorter XLA compile.",
-            preconditions=(
-                on_device("tpu"),
-                package("torch-xla"),
-                fact_true(
-                    "homogeneous_stack",
-                    "a structurally homogeneous, traceable stack",
-                    "use a pattern of equal blocks, or leave the gate off (the plain loop)",
-                ),
-            ),
+            summary="Equal layers traced once and looped over, for a shorter XLA compile: the stack, or its runs.",
+            preconditions=(on_device("tpu", "xla"), package("torch-xla"), _one_run, _some_run, _layers_recomputed),
         ),
         GateSpec(
             name="pallas_attention",
             kind=Kind.BOOL,
             values=("off", "on"),
-            stage=Stage.SCAFFOLD,
+            stage=Stage.EXPERIMENTAL,
             since=_SINCE,
             expiry=_EXPIRY,
             owner="tpu",
-            summary="Attention by a Pallas kernel on TPU.",
-            preconditions=(
-                on_device("tpu"),
-                package("jax"),
-                fact_true(
-                    "attention_in_tile_table",
-                    "attention shapes in the tile table",
-                    "use a shape of the table, or measure one and add it",
-                ),
-            ),
+            summary="Attention by Pallas kernels on TPU, which skip blocks that no query sees.",
+            preconditions=(on_device("tpu"), package("jax"), _attention_in_table),
         ),
         GateSpec(
             name="prefix_cache",

@@ -20,7 +20,7 @@ from libs.flags.catalog import CATALOG
 from libs.flags.environment import fathom_variables
 from libs.flags.errors import ExitStatus, GateRefused, UserError
 from libs.flags.facts import Facts
-from libs.flags.fleet_cli import add_index_options, exit_status, indexed_runs
+from libs.flags.fleet_cli import Handler, add_index_options, adder, exit_status, indexed_runs
 from libs.flags.logcheck import check_log
 from libs.flags.promotions import promote
 from libs.flags.registry import GateSpec
@@ -189,14 +189,7 @@ def _show(options: argparse.Namespace, value: Any, human: Callable[[], None]) ->
 def flags_parser() -> argparse.ArgumentParser:
     """The options of `fathom flags`."""
     parser = argparse.ArgumentParser("fathom flags", description="Gates and their records.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, handler: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.add_argument("--json", action="store_true", help="print JSON")
-        sub.set_defaults(handler=handler)
-        return sub
-
+    command = adder(parser)
     command("list", _list, "every gate: variable, values, stage")
     status = command("status", _status, "what this environment resolves to; exit 78 if it would be refused")
     explain = command("explain", _explain, "one gate: what it is, what it needs, what is missing here")
@@ -228,24 +221,20 @@ def flags_parser() -> argparse.ArgumentParser:
 def log_parser() -> argparse.ArgumentParser:
     """The options of `fathom log`."""
     parser = argparse.ArgumentParser("fathom log", description="The run log.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    text = "apply the rules of the run log; exit 1 if one is broken"
-    check = commands.add_parser("check", help=text, description=text, allow_abbrev=False)
+    check = adder(parser)("check", _check, "apply the rules of the run log; exit 1 if one is broken")
     check.add_argument("run", metavar="RUN")
-    check.add_argument("--json", action="store_true", help="print JSON")
-    check.set_defaults(handler=_check)
     return parser
 
 
 def main_flags(argv: Sequence[str] | None = None) -> int:
     """`fathom flags ...`."""
     options = flags_parser().parse_args(argv)
-    handler: Callable[[argparse.Namespace], int] = options.handler
+    handler: Handler = options.handler
     return handler(options)
 
 
 def main_log(argv: Sequence[str] | None = None) -> int:
     """`fathom log check RUN`."""
     options = log_parser().parse_args(argv)
-    handler: Callable[[argparse.Namespace], int] = options.handler
+    handler: Handler = options.handler
     return handler(options)

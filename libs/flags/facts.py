@@ -60,8 +60,15 @@ class Facts(BaseModel):
     tensor_parallel: int | None = None
 
     # The model and its inference.
+    # stack_difference: where the stack stops being one unit of layers repeated. homogeneous_runs: how many runs of
+    # equal units it has.
     homogeneous_stack: bool | None = None
+    stack_difference: str | None = None
+    homogeneous_runs: int | None = None
+    activation_checkpointing: str | None = None
+    # attention_tile_refusal: why not, with the nearest shape that is.
     attention_in_tile_table: bool | None = None
+    attention_tile_refusal: str | None = None
     mtp_depth: int | None = None
     state_slots: bool | None = None
     draft_length: int | None = None

@@ -18,6 +18,8 @@ from libs.flags.index import RunIndex
 from libs.flags.runs import RUNS, find_run
 from libs.flags.summary import RunSummary, summarise
 
+Handler = Callable[[argparse.Namespace], int]
+
 
 def indexed_runs(folder: Path, *, rebuild: bool) -> list[RunSummary]:
     """Every run of a folder, from its index where that still holds; what is odd about the index goes to stderr.
@@ -74,6 +76,19 @@ def _diff(options: argparse.Namespace) -> int:
     return ExitStatus.OK
 
 
+def adder(parser: argparse.ArgumentParser) -> Callable[[str, Handler, str], argparse.ArgumentParser]:
+    """What adds a subcommand to `parser`: from its name, what answers it, and a line about it. Each takes --json."""
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name: str, handler: Handler, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.add_argument("--json", action="store_true", help="print JSON")
+        sub.set_defaults(handler=handler)
+        return sub
+
+    return add
+
+
 def add_index_options(parser: argparse.ArgumentParser) -> None:
     """The folder, and a fresh index."""
     parser.add_argument("runs_dir", metavar="RUNS_DIR", nargs="?", default=str(RUNS))
@@ -90,14 +105,7 @@ def _at_least_one(text: str) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The options of `fathom runs list`, `show` and `diff`."""
     parser = argparse.ArgumentParser("fathom runs", description="Many runs at once.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, handler: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.add_argument("--json", action="store_true", help="print JSON")
-        sub.set_defaults(handler=handler)
-        return sub
-
+    command = adder(parser)
     listing = command("list", _list, "the runs of a folder that meet every condition given")
     add_index_options(listing)
     listing.add_argument("--gate", metavar="GATE[=VALUE]", help="had this gate, active unless --outcome says otherwise")
@@ -117,5 +125,5 @@ def build_parser() -> argparse.ArgumentParser:
 def main_runs(argv: Sequence[str] | None = None) -> int:
     """`fathom runs ...`."""
     options = build_parser().parse_args(argv)
-    handler: Callable[[argparse.Namespace], int] = options.handler
+    handler: Handler = options.handler
     return handler(options)

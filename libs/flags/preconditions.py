@@ -12,11 +12,14 @@ from libs.flags.facts import Facts
 from libs.flags.registry import GateValue, Precondition
 
 
-def on_device(device: str) -> Precondition:
-    def check(_value: GateValue, facts: Facts) -> str | None:
-        return None if facts.device == device else f"needs device {device}, this run has {facts.device}"
+def on_device(*devices: str) -> Precondition:
+    """Any one of them."""
+    named = " or ".join(devices)
 
-    return Precondition(f"device.{device}", f"device {device}", f"run on a {device} device", check)
+    def check(_value: GateValue, facts: Facts) -> str | None:
+        return None if facts.device in devices else f"needs device {named}, this run has {facts.device}"
+
+    return Precondition(f"device.{'.'.join(devices)}", f"device {named}", f"run on a {named} device", check)
 
 
 def capability(major: int, minor: int) -> Precondition:

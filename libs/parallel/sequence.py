@@ -55,18 +55,6 @@ class _ReduceScatter(Function):
         return _joined(ctx.group.all_gather(grad_BsD), ctx.seq_len), None
 
 
-class _Split(Function):
-    @staticmethod
-    def forward(ctx: Any, x_BSD: Tensor, group: Group) -> Tensor:
-        ctx.group, ctx.seq_len = group, x_BSD.shape[1]
-        return _rows(x_BSD, group.size)[group.rank].contiguous()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BsD: Tensor) -> tuple[Tensor, None]:
-        return _joined(ctx.group.all_gather(grad_BsD), ctx.seq_len), None
-
-
 def gather_tokens(x_BsD: Tensor, group: Group, seq_len: int, *, same_use: bool = False) -> Tensor:
     """(B, s, D) of every rank -> (B, S, D).
 
@@ -82,10 +70,4 @@ def gather_tokens(x_BsD: Tensor, group: Group, seq_len: int, *, same_use: bool =
 def reduce_scatter_tokens(x_BSD: Tensor, group: Group) -> Tensor:
     """Partial sums (B, S, D) of every rank -> this rank's tokens of their sum, (B, s, D)."""
     out: Tensor = x_BSD if group.size == 1 else _ReduceScatter.apply(x_BSD, group)  # type: ignore[no-untyped-call]
-    return out
-
-
-def split_tokens(x_BSD: Tensor, group: Group) -> Tensor:
-    """(B, S, D) equal on every rank -> this rank's tokens, (B, s, D)."""
-    out: Tensor = x_BSD if group.size == 1 else _Split.apply(x_BSD, group)  # type: ignore[no-untyped-call]
     return out

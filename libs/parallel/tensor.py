@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from libs.parallel.mesh import Group, Parallel
-from libs.parallel.sequence import gather_tokens, reduce_scatter_tokens, split_tokens
+from libs.parallel.sequence import gather_tokens, reduce_scatter_tokens
 
 
 class _Copy(torch.autograd.Function):
@@ -112,11 +112,6 @@ def whole_tokens(x: Tensor, parallel: Parallel | None, seq_len: int) -> Tensor:
     if parallel is None or not parallel.shards_tokens:
         return x
     return gather_tokens(x, parallel.tp, seq_len, same_use=True)
-
-
-def own_tokens(x_BSD: Tensor, parallel: Parallel | None) -> Tensor:
-    """(B, S, D) equal on every rank -> as between layers; the inverse of `whole_tokens`."""
-    return x_BSD if parallel is None or not parallel.shards_tokens else split_tokens(x_BSD, parallel.tp)
 
 
 def vocab_parallel_embedding(tokens_BS: Tensor, weight_vD: Tensor, parallel: Parallel) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,26 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 def test_the_block_is_current(block: object) -> None:
     assert [str(path) for path in stale([block], ROOT)] == [], f"renew it: {COMMAND}"  # type: ignore[list-item]
+
+
+def links(path: Path) -> list[str]:
+    """Targets of a document's links inside the repository, without their anchors."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8"))
+    return [target.partition("#")[0] for target in targets if "://" not in target and not target.startswith("#")]
+
+
+def test_every_link_of_a_document_leads_somewhere() -> None:
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", "*.md"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    documents = [ROOT / name for name in names if name and (ROOT / name).is_file()]
+    assert any(links(path) for path in documents)
+    broken = [
+        f"{path.relative_to(ROOT)}: {target}"
+        for path in documents
+        for target in links(path)
+        if not (path.parent / target).exists()
+    ]
+    assert broken == []
 
 
 def copy_of_the_documents(tmp_path: Path) -> Path:

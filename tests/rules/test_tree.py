@@ -64,8 +64,8 @@ def test_nothing_unfinished_in_shipped_code() -> None:
 # The places that may import an optional framework when they are themselves imported.
 HOMES = {
     "tilelang": ("libs/kernels/mimo/sm90/",),
-    "torch_xla": ("libs/kernels/mimo/xla/", "libs/parallel/xla/"),
-    "jax": ("libs/kernels/attention/pallas", "libs/parallel/xla/"),
+    "torch_xla": ("libs/kernels/attention/pallas/", "libs/kernels/mimo/xla/", "libs/parallel/xla/"),
+    "jax": ("libs/kernels/attention/pallas/", "libs/parallel/xla/"),
 }
 
 

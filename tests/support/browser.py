@@ -29,7 +29,7 @@ KEYS = {"Tab": (9, "\t"), "Enter": (13, "\r"), " ": (32, " ")}
 
 
 def chromium() -> str:
-    """Its path; skips the test, aloud, where it is missing (the development section of README.md asks for it)."""
+    """Its path; skips the test, aloud, where it is missing (CONTRIBUTING.md asks for it)."""
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip(f"none of {', '.join(NAMES)} is on the PATH: the pages are not tested in a browser")

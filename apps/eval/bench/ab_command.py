@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from apps.eval.bench.ab import AbPlan, run_ab
 from apps.eval.bench.ab_arm import Arm, Steps
-from apps.eval.bench.ops import RedGate
-from apps.eval.bench.receipt import write_receipt
-from apps.eval.bench.table import print_receipt
-from libs.flags.errors import ExitStatus, UserError
+from apps.eval.bench.output import MAX_ROUNDS, deliver, in_range
+from libs.flags.errors import UserError
 
-MAX_ROUNDS = 1000
 MAX_STEPS = 10_000
 
 
 def add_ab_options(parser: argparse.ArgumentParser) -> None:
     """The two arms, the samples, and where the receipt goes."""
-    example = "'FATHOM_PSIV_CACHE=python_precompute --recipe cpu_demo'"
+    example = "'--recipe cpu_demo --train.activation_checkpointing block'"
     parser.add_argument("--a", required=True, metavar="TEXT", help="the base: gates, then options of `fathom train`")
     parser.add_argument("--b", required=True, metavar="TEXT", help=f"what is tried, such as {example}")
     parser.add_argument("--n", type=int, default=19, help="interleaved samples of each")
@@ -48,8 +42,7 @@ def _plan(args: argparse.Namespace) -> AbPlan:
         ("--tolerance", args.tolerance, 0, 1),
         ("--limit", args.limit, 1, 86_400),
     ):
-        if not lowest <= value <= highest:
-            raise UserError(f"{option} {value}: allowed are {lowest} to {highest}")
+        in_range(option, value, lowest, highest)
     if args.receipt_dir is not None and args.receipt_dir.exists() and not args.receipt_dir.is_dir():
         raise UserError(f"--receipt-dir {args.receipt_dir} is not a directory")
     return AbPlan(
@@ -70,17 +63,5 @@ def run_ab_command(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     Raises:
         UserError: an option that is not allowed, or an arm that does not run. RunRefused: a gate of an arm.
     """
-    try:
-        receipt = run_ab(_plan(args), command=["fathom", "bench", *arguments], machine=args.machine)
-    except RedGate as red:
-        print(f"error: {red}", file=sys.stderr)
-        return ExitStatus.FAILURE
-    if args.json:
-        print(receipt.model_dump_json(indent=2))
-    else:
-        console = Console()
-        print_receipt(receipt, console)
-        console.print(f"decision: {receipt.decision.value}: {receipt.decision.reason}", soft_wrap=True, highlight=False)
-    if args.receipt_dir is not None:
-        print(f"receipt: {write_receipt(receipt, args.receipt_dir)}", file=sys.stderr)
-    return ExitStatus.OK
+    plan, command = _plan(args), ["fathom", "bench", *arguments]
+    return deliver(args, lambda: run_ab(plan, command=command, machine=args.machine))

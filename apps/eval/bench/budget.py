@@ -30,25 +30,20 @@ class Allowance(NamedTuple):
     reason: str | None
 
 
-def predicted_seconds(known: Mapping[int, Measured], seq_len: int, flops: float) -> float | None:
+def predicted_seconds(known: Mapping[int, Measured], seq_len: int, flops: float) -> float:
     """Seconds of a step at `seq_len`, from the longest shorter length: its time, scaled by modelled FLOPs.
 
-    Too much rather than too little, as far as longer sequences fill a machine better. None with nothing to go by.
+    Too much rather than too little, as far as longer sequences fill a machine better.
     """
-    shorter = [length for length in known if length < seq_len]
-    if not shorter:
-        return None
-    nearest = known[max(shorter)]
+    nearest = known[max(length for length in known if length < seq_len)]
     return nearest.seconds * flops / nearest.flops
 
 
-def allowance(step_seconds: float | None, *, wanted: int, left_s: float, need_bytes: int, free_bytes: int) -> Allowance:
-    """Rounds of a length whose contenders take `step_seconds` together for one step each (None: unknown, so tried)."""
+def allowance(step_seconds: float, *, wanted: int, left_s: float, need_bytes: int, free_bytes: int) -> Allowance:
+    """Rounds of a length whose contenders take `step_seconds` together for one step each."""
     if need_bytes > MEMORY_SHARE * free_bytes:
         may = MEMORY_SHARE * free_bytes / 2**30
         return Allowance(0, f"needs about {need_bytes / 2**30:.1f} GiB, {may:.1f} GiB may be used")
-    if step_seconds is None:
-        return Allowance(wanted, None)
     fitting = int(left_s / step_seconds) - EXTRA_CALLS if left_s > 0 else 0
     if fitting >= wanted:
         return Allowance(wanted, None)

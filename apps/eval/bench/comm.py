@@ -7,7 +7,6 @@ Not a statement about NCCL or NVLink: bytes carry over, times do not.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,15 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from apps.eval.bench.comm_job import METHODS, CommPlan, run_job
 from apps.eval.bench.comm_step import STEP_METHODS
+from apps.eval.bench.machine import Where
 from apps.eval.bench.ops import RedGate
-from apps.eval.bench.receipt import Aim, Check, Code, Decision, Hardware, LeftOut, Ratio, Receipt, Sampled
-from libs.flags.canonical import hash_json, utc_now
-from libs.flags.environment import fathom_variables
+from apps.eval.bench.receipt import Aim, Check, Decision, LeftOut, Ratio, Receipt, Sampled
 from libs.flags.facts import Facts
-from libs.flags.provenance import redact_command, snapshot
-from libs.flags.resolve import resolve
-
-_REPORTED_PACKAGES = ("fathom", "torch", "numpy")
+from libs.flags.provenance import cpu_model
 
 
 class Traffic(BaseModel):
@@ -50,8 +45,8 @@ def run_comm(plan: CommPlan, *, command: Sequence[str], machine: str | None) -> 
         RedGate: one of the two ways disagrees with the oracle; nothing has been timed then.
         GateRefused: the environment asks for a gate that cannot be honoured.
     """
-    gates = resolve(fathom_variables(), Facts(device="cpu", mimo_backend="chunked"))
-    load_before, source = os.getloadavg()[0], snapshot({})
+    named = machine or f"{cpu_model()} {plan.processes} processes of {plan.threads} threads"
+    where = Where(Facts(device="cpu", mimo_backend="chunked"), None, threads=plan.threads, machine=named)
     measured = run_job(plan)
     if not all(outcome.passed for outcome in measured.outcomes):
         raise RedGate(measured.outcomes)
@@ -62,23 +57,9 @@ def run_comm(plan: CommPlan, *, command: Sequence[str], machine: str | None) -> 
     parts = {"shape": shape, "seq_lens": list(plan.seq_lens), "step": plan.step._asdict()}
     config: dict[str, Any] = {**plan._asdict(), **parts}
     return CommReceipt(
+        **where.fields(config, command),
         what=f"one layer's scan, its row cut over {plan.processes} gloo processes: state hand-over against all-to-all",
         subject="comm",
-        created=utc_now(),
-        command=redact_command(command),
-        code=Code.of(source),
-        config=config,
-        config_hash=hash_json(config),
-        gates_hash=gates.hash,
-        gates=dict(gates.values()),
-        hardware=Hardware(
-            machine=machine or f"{source['cpu']} {plan.processes} processes of {plan.threads} threads",
-            device="cpu",
-            threads=plan.threads,
-            load_before=load_before,
-            **{key: source[key] for key in ("cpu", "cpu_count", "cpu_affinity", "memory_bytes")},
-        ),
-        versions={"python": source["python"], **{name: source["packages"][name] for name in _REPORTED_PACKAGES}},
         correctness=[Check(**outcome._asdict(), passed=outcome.passed) for outcome in measured.outcomes],
         contenders=list(sampled.values()),
         ratios=_ratios(plan, sampled),

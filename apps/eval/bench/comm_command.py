@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from apps.eval.bench.comm import CommReceipt, run_comm
 from apps.eval.bench.comm_job import CommPlan
 from apps.eval.bench.comm_step import StepPlan
 from apps.eval.bench.operands import Shape
-from apps.eval.bench.ops import RedGate
-from apps.eval.bench.receipt import Ratio, write_receipt
-from apps.eval.bench.table import interval, print_receipt
-from libs.flags.errors import ExitStatus, UserError
+from apps.eval.bench.output import MAX_ROUNDS, deliver, in_range
+from apps.eval.bench.receipt import Ratio
+from apps.eval.bench.table import interval
+from libs.flags.errors import UserError
 
 SEQ_LENS = (8192, 16384, 32768, 65536)
 # The time of one process grows with the row and nothing else: two lengths are enough to see the speed-up.
@@ -28,7 +26,6 @@ QUICK_SEQ_LENS = (256, 512)
 QUICK_SHAPE = Shape(S=0, H=4, N=16, P=16)
 QUICK_STEP = StepPlan("cpu_tiny", 64)
 MAX_PROCESSES = 8
-MAX_ROUNDS = 1000
 
 
 def add_comm_options(parser: argparse.ArgumentParser) -> None:
@@ -56,8 +53,7 @@ def _plan(args: argparse.Namespace) -> CommPlan:
         ("--threads", threads, 1, cores),
         ("--chunk-size", args.chunk_size, 1, 256),
     ):
-        if not lowest <= value <= highest:
-            raise UserError(f"{option} {value}: allowed are {lowest} to {highest}")
+        in_range(option, value, lowest, highest)
     if shape.H % args.processes:
         legal = [str(n) for n in range(2, MAX_PROCESSES + 1) if shape.H % n == 0]
         raise UserError(
@@ -88,19 +84,12 @@ def run_comm_command(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     Raises:
         UserError: an option that is not allowed.
     """
-    try:
-        receipt = run_comm(_plan(args), command=["fathom", "bench", *arguments], machine=args.machine)
-    except RedGate as red:
-        print(f"error: {red}", file=sys.stderr)
-        return ExitStatus.FAILURE
-    if args.json:
-        print(receipt.model_dump_json(indent=2))
-    else:
-        console = Console(width=None if sys.stdout.isatty() else 110)
-        print_receipt(receipt, console, [_layer_table(receipt), _step_table(receipt)])
-    if args.receipt_dir is not None:
-        print(f"receipt: {write_receipt(receipt, args.receipt_dir)}", file=sys.stderr)
-    return ExitStatus.OK
+    plan, command = _plan(args), ["fathom", "bench", *arguments]
+    return deliver(
+        args,
+        lambda: run_comm(plan, command=command, machine=args.machine),
+        lambda receipt: [_layer_table(receipt), _step_table(receipt)],
+    )
 
 
 def _layer_table(receipt: CommReceipt) -> Table:

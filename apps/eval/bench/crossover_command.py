@@ -73,6 +73,7 @@ def _plan(args: argparse.Namespace) -> CrossoverPlan:
     lengths = sorted(
         {parse_tokens(part) for part in (args.seq_lens or (QUICK_SEQ_LENS if args.quick else SEQ_LENS)).split(",")}
     )
+    in_range("--seq-lens", lengths[0], 4, lengths[0])
     precision: Precision = args.precision or PRECISION[args.device]
     plan = CrossoverPlan(
         preset=args.preset or PRESET[args.device],

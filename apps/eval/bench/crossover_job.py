@@ -11,9 +11,9 @@ import time
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from apps.eval.bench.budget import Allowance, Measured, allowance, predicted_seconds
+from apps.eval.bench.budget import MIN_ROUNDS, Allowance, Measured, allowance, predicted_seconds
 from apps.eval.bench.correctness import Outcome
-from apps.eval.bench.interleave import Contender, interleave
+from apps.eval.bench.interleave import Contender, interleave, wall_seconds
 from apps.eval.bench.machine import free_bytes
 from apps.eval.bench.model_step import How, Stepper, check_step
 from apps.eval.bench.step_memory import allocator_peak, resident_peak
@@ -22,6 +22,7 @@ from libs.model import ModelConfig, dense_twin, flops_per_token, preset
 from libs.model.memory import memory_estimate
 
 Model = Literal["hybrid", "twin"]
+PROBE_TOKENS = 1024
 MODELS: tuple[Model, ...] = ("hybrid", "twin")
 
 
@@ -57,19 +58,31 @@ def step_flops(config: ModelConfig, seq_len: int) -> float:
     return flops_per_token(config, seq_len).train * seq_len
 
 
+class _Job(NamedTuple):
+    """What every length needs. ends: of the time allowed, by the monotonic clock."""
+
+    plan: CrossoverPlan
+    models: Mapping[Model, ModelConfig]
+    steppers: Mapping[Model, Stepper]
+    gates: Mapping[str, str]
+    facts: Facts
+    ends: float
+
+
 def measure(plan: CrossoverPlan, gates: Mapping[str, str], facts: Facts) -> Found:
     """Check both models; if they are right, time them at every length that fits. Lengths rise: a length is tried when
     the ones before it say what it will take."""
-    started, models = time.monotonic(), configs(plan)
+    ends, models = time.monotonic() + plan.seconds, configs(plan)
     outcomes = [o for name, config in models.items() for o in check_step(name, config, plan.how)]
     found = Found(outcomes, {}, {}, {}, {})
     if not all(outcome.passed for outcome in outcomes):
         return found
-    steppers = {name: Stepper(config, plan.how) for name, config in models.items()}
-    known: dict[Model, dict[int, Measured]] = {name: {} for name in models}
+    job = _Job(plan, models, {name: Stepper(config, plan.how) for name, config in models.items()}, gates, facts, ends)
+    probe = min(PROBE_TOKENS, plan.seq_lens[0] // 2)
+    known = {name: _probed(stepper, probe) for name, stepper in job.steppers.items()}
     for seq_len in plan.seq_lens:
-        left = plan.seconds - (time.monotonic() - started)
-        allowed = _allowed(plan, models, known, seq_len, left)
+        left = ends - time.monotonic()
+        allowed = _allowed(job, known, seq_len, left)
         if allowed.rounds == 0:
             assert allowed.reason is not None
             found.left_out[seq_len] = allowed.reason
@@ -77,22 +90,23 @@ def measure(plan: CrossoverPlan, gates: Mapping[str, str], facts: Facts) -> Foun
         if allowed.reason is not None:
             found.fewer[seq_len] = allowed.reason
         print(f"bench crossover: S={seq_len}, {allowed.rounds} rounds, {left:.0f} s left", file=sys.stderr, flush=True)
-        _length(plan, models, steppers, seq_len, allowed.rounds, found, gates, facts)
+        _length(job, seq_len, allowed.rounds, found)
         for name, config in models.items():
             times = found.samples[name, seq_len]
             known[name][seq_len] = Measured(sum(times) / len(times), step_flops(config, seq_len))
     return found
 
 
-def _allowed(
-    plan: CrossoverPlan,
-    models: Mapping[Model, ModelConfig],
-    known: Mapping[Model, Mapping[int, Measured]],
-    seq_len: int,
-    left_s: float,
-) -> Allowance:
-    predicted = [predicted_seconds(known[name], seq_len, step_flops(models[name], seq_len)) for name in models]
-    together = None if None in predicted else sum(one for one in predicted if one is not None)
+def _probed(stepper: Stepper, seq_len: int) -> dict[int, Measured]:
+    """A length shorter than all that are asked for, to tell what the first of them will take. No sample."""
+    stepper.length(seq_len)
+    stepper.step()
+    return {seq_len: Measured(wall_seconds(stepper.step), step_flops(stepper.model.config, seq_len))}
+
+
+def _allowed(job: _Job, known: Mapping[Model, Mapping[int, Measured]], seq_len: int, left_s: float) -> Allowance:
+    plan, models = job.plan, job.models
+    together = sum(predicted_seconds(known[name], seq_len, step_flops(models[name], seq_len)) for name in models)
     need = max(
         memory_estimate(
             config, tokens=seq_len, dtype_bytes=2 if plan.how.precision == "bf16" else 4,
@@ -105,26 +119,29 @@ def _allowed(
     )
 
 
-def _length(
-    plan: CrossoverPlan,
-    models: Mapping[Model, ModelConfig],
-    steppers: Mapping[Model, Stepper],
-    seq_len: int,
-    rounds: int,
-    found: Found,
-    gates: Mapping[str, str],
-    facts: Facts,
-) -> None:
+def _length(job: _Job, seq_len: int, rounds: int, found: Found) -> None:
+    """Peaks and samples of both models. Where it takes longer than it seemed, rounds end when the time is over."""
+    how, steppers = job.plan.how, job.steppers
     for name, stepper in steppers.items():
         stepper.length(seq_len)
-        if plan.how.device == "cuda":
+        if how.device == "cuda":
             other = sum(one.held_bytes for key, one in steppers.items() if key != name)
             found.peaks[name, seq_len] = allocator_peak(stepper, other)
         else:
             found.peaks[name, seq_len] = resident_peak(
-                models[name], plan.how, seq_len, gates=gates, facts=facts, threads=plan.threads
+                job.models[name], how, seq_len, gates=job.gates, facts=job.facts, threads=job.plan.threads
             )
     contenders = [Contender(name, stepper.step, rounds, warm_up=True) for name, stepper in steppers.items()]
-    samples = interleave(contenders, seed=plan.how.seed + seq_len, on_sample=lambda name, seconds: None)
-    for model in models:
+    taken: list[str] = []
+
+    def late() -> bool:
+        return time.monotonic() > job.ends and len(taken) >= MIN_ROUNDS * len(contenders)
+
+    samples = interleave(
+        contenders, seed=how.seed + seq_len, on_sample=lambda name, seconds: taken.append(name), late=late
+    )
+    for model in job.models:
         found.samples[model, seq_len] = samples[model]
+    done = len(samples["hybrid"])
+    if done < rounds:
+        found.fewer[seq_len] = f"{done} instead of {job.plan.rounds} rounds: then the time allowed was over"

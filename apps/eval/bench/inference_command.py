@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
-from rich.console import Console
 from rich.table import Table
 
 from apps.eval.bench.decode import DecodeReceipt, run_decode
 from apps.eval.bench.decode_job import DecodePlan
-from apps.eval.bench.ops import RedGate
+from apps.eval.bench.output import add_shared_options, checked_threads, deliver
 from apps.eval.bench.prefix import PUBLISHED, PrefixPlan, PrefixReceipt, run_prefix
-from apps.eval.bench.receipt import Receipt, write_receipt
-from apps.eval.bench.table import print_receipt
-from libs.flags.errors import ExitStatus, UserError
+from apps.eval.bench.receipt import Receipt
 
-MAX_ROUNDS = 1000
 BLOCKS = (256, 64, 16)
 CONTEXTS = (1024, 4096, 16384, 65536)
 
 
 def add_inference_options(parser: argparse.ArgumentParser) -> None:
     """Samples, sizes, and where the receipt goes: the same for both."""
-    parser.add_argument("--json", action="store_true", help="the receipt on stdout as JSON")
-    parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs, not how fast")
-    parser.add_argument("--n", type=int, default=3, help="interleaved samples per contender (3)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own number)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--receipt-dir", type=Path, help="also write <date>_<subject>_<hardware>/receipt.json there")
-    parser.add_argument("--machine", help="name of the machine in the receipt")
+    add_shared_options(parser, rounds=3)
 
 
 def run_prefix_command(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Run and print; 1 when tokens differ between modes. Raises UserError for an option out of its range."""
-    threads = _threads(args)
+    threads = checked_threads(args)
     plan = PrefixPlan("cpu_demo", *PUBLISHED, BLOCKS, args.n, threads, args.seed)
     if args.quick:
         plan = plan._replace(preset="cpu_tiny", requests=3, prompt_tokens=200, new_tokens=4, blocks=(64, 16))
@@ -46,7 +32,7 @@ def run_prefix_command(args: argparse.Namespace, arguments: Sequence[str]) -> in
     def run() -> Receipt:
         return run_prefix(plan, command=["fathom", "bench", *arguments], machine=args.machine)
 
-    return _finish(args, run)
+    return deliver(args, run, _tables)
 
 
 def run_decode_command(args: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -63,39 +49,14 @@ def run_decode_command(args: argparse.Namespace, arguments: Sequence[str]) -> in
         requests=1,
         new_tokens=12 if quick else 64,
         block_size=64,
-        threads=_threads(args),
+        threads=checked_threads(args),
         seed=args.seed,
     )
 
     def run() -> Receipt:
         return run_decode(plan, command=["fathom", "bench", *arguments], machine=args.machine)
 
-    return _finish(args, run)
-
-
-def _threads(args: argparse.Namespace) -> int:
-    threads = torch.get_num_threads() if args.threads is None else args.threads
-    for option, value, highest in (("--n", args.n, MAX_ROUNDS), ("--threads", threads, os.cpu_count() or 1)):
-        if not 1 <= value <= highest:
-            raise UserError(f"{option} {value}: allowed are 1 to {highest}")
-    if args.receipt_dir is not None and args.receipt_dir.exists() and not args.receipt_dir.is_dir():
-        raise UserError(f"--receipt-dir {args.receipt_dir} is not a directory")
-    return int(threads)
-
-
-def _finish(args: argparse.Namespace, run: Callable[[], Receipt]) -> int:
-    try:
-        receipt = run()
-    except RedGate as red:
-        print(f"error: {red}", file=sys.stderr)
-        return ExitStatus.FAILURE
-    if args.json:
-        print(receipt.model_dump_json(indent=2))
-    else:
-        print_receipt(receipt, Console(width=None if sys.stdout.isatty() else 110), _tables(receipt))
-    if args.receipt_dir is not None:
-        print(f"receipt: {write_receipt(receipt, args.receipt_dir)}", file=sys.stderr)
-    return ExitStatus.OK
+    return deliver(args, run, _tables)
 
 
 def _tables(receipt: Receipt) -> list[Table]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -10,45 +9,25 @@ from typing import Any
 
 import torch
 
-from apps.eval.bench.receipt import Aim, Code, Decision, Hardware
-from libs.flags.canonical import hash_json, utc_now
-from libs.flags.environment import fathom_variables
+from apps.eval.bench.machine import Where
+from apps.eval.bench.receipt import Aim, Decision
 from libs.flags.facts import Facts
 from libs.flags.installed import install
-from libs.flags.provenance import redact_command, snapshot
 from libs.flags.resolve import resolve
-
-_REPORTED_PACKAGES = ("fathom", "torch", "numpy")
 
 
 class Circumstances:
-    """Taken before the measurement: it names what ran, and how alone the machine was."""
+    """Taken before the measurement; see `machine.Where`."""
 
     def __init__(self, threads: int, command: Sequence[str], machine: str | None) -> None:
         """Raises GateRefused when the environment asks for a gate that cannot be honoured."""
-        self._gates = resolve(fathom_variables(), Facts(device="cpu", mimo_backend="chunked", state_slots=True))
-        self._load, self._source = os.getloadavg()[0], snapshot({})
-        self._threads, self._command, self._machine = threads, command, machine
+        facts = Facts(device="cpu", mimo_backend="chunked", state_slots=True)
+        self._where, self._command = Where(facts, None, threads=threads, machine=machine), command
 
     def fields(self, config: Mapping[str, Any], aims: Sequence[Aim]) -> dict[str, Any]:
         """Every field of a `Receipt` that does not say what was measured."""
-        source, named = self._source, {key: list(v) if isinstance(v, tuple) else v for key, v in config.items()}
-        return {
-            "created": utc_now(),
-            "command": redact_command(self._command),
-            "code": Code.of(source),
-            "config": named,
-            "config_hash": hash_json(named),
-            "gates_hash": self._gates.hash,
-            "gates": dict(self._gates.values()),
-            "hardware": Hardware(
-                machine=self._machine or f"{source['cpu']} {self._threads} threads",
-                device="cpu",
-                threads=self._threads,
-                load_before=self._load,
-                **{key: source[key] for key in ("cpu", "cpu_count", "cpu_affinity", "memory_bytes")},
-            ),
-            "versions": {"python": source["python"], **{name: source["packages"][name] for name in _REPORTED_PACKAGES}},
+        named = {key: list(v) if isinstance(v, tuple) else v for key, v in config.items()}
+        return self._where.fields(named, self._command) | {
             "memory": [],
             "aims": list(aims),
             "decision": Decision(

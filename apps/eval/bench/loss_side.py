@@ -196,7 +196,7 @@ def _notes(plan: LossSidePlan, runs: Sequence[Trained]) -> list[str]:
     tokens, first = plan.steps * plan.window, runs[0]
     sizes = {run.model: run.score.checkpoint.parameters for run in runs}
     return [
-        f"a budget of {tokens:,} tokens is {tokens / sizes['hybrid']:.2f} per parameter: a small one compares how fast "
+        f"a budget of {tokens:,} tokens is {tokens / sizes['hybrid']:.2g} per parameter: a small one compares how fast "
         "the two begin to learn, not what they come to",
         f"equal parameters ({sizes['hybrid']:,} and {sizes['twin']:,}), data order, schedule, rate and seeds; the rate "
         "is the recipe's for both, tuned for neither",

@@ -1,4 +1,4 @@
-"""Where the benchmarks of steps run: the facts that gates are resolved with, and the record of the hardware.
+"""Where benchmarks run: the facts that gates are resolved with, and the record of code and hardware.
 
 Not for the GPU's own record (cuda/device.py).
 """
@@ -27,7 +27,7 @@ from libs.kernels.mimo.capabilities import NOTHING, Geometry, capabilities
 from libs.model import ModelConfig
 from libs.model.pattern import LayerKind
 
-_REPORTED_PACKAGES = ("fathom", "torch", "numpy", "tilelang", "liger-kernel")
+_REPORTED_PACKAGES = ("fathom", "torch", "numpy", "tilelang", "triton", "liger-kernel", "mamba-ssm")
 
 
 class Where:

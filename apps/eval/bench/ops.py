@@ -25,28 +25,22 @@ from apps.eval.bench.contenders import (
 )
 from apps.eval.bench.correctness import Outcome, check_contenders
 from apps.eval.bench.interleave import Contender, interleave
+from apps.eval.bench.machine import Where
 from apps.eval.bench.memory import Peak, measure_peak
 from apps.eval.bench.operands import FLOP_FORMULA, Shape, scan_flops
 from apps.eval.bench.receipt import (
     Aim,
     Check,
-    Code,
     Decision,
-    Hardware,
     LeftOut,
     Memory,
     Ratio,
     Receipt,
     Sampled,
 )
-from libs.flags.canonical import hash_json, utc_now
-from libs.flags.environment import fathom_variables
 from libs.flags.facts import Facts
-from libs.flags.provenance import redact_command, snapshot
-from libs.flags.resolve import resolve
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-REPORTED_PACKAGES = ("fathom", "torch", "numpy")
 # A contender may not need more than this share of the memory that is free: swapping would be timed instead.
 _MEMORY_SHARE = 0.7
 
@@ -100,9 +94,8 @@ def run_ops(plan: OpsPlan, *, command: Sequence[str], machine: str | None) -> Re
         RedGate: the op or the plain formulation disagrees with the oracle; nothing has been timed then.
         GateRefused: the environment asks for a gate that cannot be honoured.
     """
-    gates = resolve(fathom_variables(), Facts(device="cpu", mimo_backend="chunked"))
+    where = Where(Facts(device="cpu", mimo_backend="chunked"), None, threads=plan.threads, machine=machine)
     torch.set_num_threads(plan.threads)
-    load_before, source = os.getloadavg()[0], snapshot({})
     outcomes = check_contenders(seed=plan.seed, chunk_size=plan.chunk_size)
     if not all(outcome.passed for outcome in outcomes):
         raise RedGate(outcomes)
@@ -113,22 +106,10 @@ def run_ops(plan: OpsPlan, *, command: Sequence[str], machine: str | None) -> Re
     config: dict[str, Any] = {**plan._asdict(), "shape": Shape(plan.main_seq_len).describe()}
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
     aims = _aims(plan, ratios, peaks)
-    hardware = _hardware(source, machine, plan.threads, load_before)
     return Receipt(
+        **where.fields(config, command),
         what=f"mamba3_mimo at {Shape(plan.main_seq_len).describe()} against GEMM, plain PyTorch, SDPA",
         subject="ops",
-        created=utc_now(),
-        command=redact_command(command),
-        code=Code.of(source),
-        config=config,
-        config_hash=hash_json(config),
-        gates_hash=gates.hash,
-        gates=dict(gates.values()),
-        hardware=hardware,
-        versions={
-            "python": source["python"],
-            **{name: source["packages"][name] for name in REPORTED_PACKAGES},
-        },
         correctness=[Check(**outcome._asdict(), passed=outcome.passed) for outcome in outcomes],
         contenders=list(sampled.values()),
         ratios=ratios,
@@ -271,19 +252,6 @@ def _aims(plan: OpsPlan, ratios: Sequence[Ratio], peaks: dict[Kind, Peak]) -> li
 
 def _memory_record(kind: Kind, seq_len: int, peak: Peak) -> Memory:
     return Memory(name=kind, seq_len=seq_len, **peak._asdict(), extra_bytes=peak.extra_bytes, multiple=peak.multiple)
-
-
-def _hardware(source: dict[str, Any], machine: str | None, threads: int, load_before: float) -> Hardware:
-    return Hardware(
-        machine=machine or f"{source['cpu']} {threads} threads",
-        device="cpu",
-        cpu=source["cpu"],
-        cpu_count=source["cpu_count"],
-        cpu_affinity=source["cpu_affinity"],
-        threads=threads,
-        memory_bytes=source["memory_bytes"],
-        load_before=load_before,
-    )
 
 
 def _notes(plan: OpsPlan) -> list[str]:

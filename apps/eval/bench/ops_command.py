@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from apps.eval.bench.ops import RedGate, full_plan, quick_plan, run_ops
-from apps.eval.bench.receipt import Receipt, write_receipt
-from apps.eval.bench.table import print_receipt
-from libs.flags.errors import ExitStatus, UserError
+from apps.eval.bench.ops import full_plan, quick_plan, run_ops
+from apps.eval.bench.output import checked_threads, deliver, in_range
+from apps.eval.bench.receipt import Receipt
+from libs.flags.errors import UserError
 
-MAX_ROUNDS = 1000
 MAX_MINUTES = 24 * 60
 CHUNK = 16
 
@@ -46,31 +43,20 @@ def run_ops_command(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     Raises:
         UserError: an option out of its range, or one that belongs to the other device.
     """
-    threads = torch.get_num_threads() if args.threads is None else args.threads
-    cores = os.cpu_count() or 1
-    _in_range("--n", args.n, 1, MAX_ROUNDS)
-    _in_range("--threads", threads, 1, cores)
-    if args.receipt_dir is not None and args.receipt_dir.exists() and not args.receipt_dir.is_dir():
-        raise UserError(f"--receipt-dir {args.receipt_dir} is not a directory")
-    command = ["fathom", "bench", *arguments]
-    try:
-        receipt = _on_cpu(args, command, threads) if args.device == "cpu" else _on_cuda(args, command, threads, cores)
-    except RedGate as red:
-        print(f"error: {red}", file=sys.stderr)
-        return ExitStatus.FAILURE
-    if args.json:
-        print(receipt.model_dump_json(indent=2))
-    else:
-        print_receipt(receipt, Console())
-    if args.receipt_dir is not None:
-        print(f"receipt: {write_receipt(receipt, args.receipt_dir)}", file=sys.stderr)
-    return ExitStatus.OK
+    threads, command = checked_threads(args), ["fathom", "bench", *arguments]
+
+    def run() -> Receipt:
+        if args.device == "cpu":
+            return _on_cpu(args, command, threads)
+        return _on_cuda(args, command, threads, os.cpu_count() or 1)
+
+    return deliver(args, run)
 
 
 def _on_cpu(args: argparse.Namespace, command: Sequence[str], threads: int) -> Receipt:
     _only_with("cuda", args, ("against", "base", "minutes", "jobs"))
     chunk_size = CHUNK if args.chunk_size is None else args.chunk_size
-    _in_range("--chunk-size", chunk_size, 1, 256)
+    in_range("--chunk-size", chunk_size, 1, 256)
     make_plan = quick_plan if args.quick else full_plan
     plan = make_plan(rounds=args.n, chunk_size=chunk_size, threads=threads, seed=args.seed)
     return run_ops(plan, command=command, machine=args.machine)
@@ -83,9 +69,9 @@ def _on_cuda(args: argparse.Namespace, command: Sequence[str], threads: int, cor
     _only_with("cpu", args, ("chunk_size",))
     base = "off" if args.base is None else args.base
     workers = cores if args.jobs is None else args.jobs
-    _in_range("--jobs", workers, 1, cores)
+    in_range("--jobs", workers, 1, cores)
     if args.minutes is not None:
-        _in_range("--minutes", args.minutes, 0.1, MAX_MINUTES)
+        in_range("--minutes", args.minutes, 0.1, MAX_MINUTES)
     make_plan = plans.quick_plan if args.quick else plans.full_plan
     plan = make_plan(
         rounds=args.n, seed=args.seed, base=base, workers=workers, against=args.against,
@@ -93,11 +79,6 @@ def _on_cuda(args: argparse.Namespace, command: Sequence[str], threads: int, cor
     )  # fmt: skip
     torch.set_num_threads(threads)
     return run_cuda(plan, base=base, command=command, machine=args.machine)
-
-
-def _in_range(option: str, value: float, lowest: float, highest: float) -> None:
-    if not lowest <= value <= highest:
-        raise UserError(f"{option} {value}: allowed are {lowest} to {highest}")
 
 
 def _only_with(device: str, args: argparse.Namespace, names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""libs/flags/README.md names every event; its table of gates is made by `fathom docs` (tests/rules/test_docs.py)."""
+"""libs/flags/README.md names every event and every file; `fathom docs` makes its table of gates."""
 
 from __future__ import annotations
 
@@ -13,3 +13,9 @@ def test_every_event_is_in_the_readme() -> None:
     text = README.read_text(encoding="utf-8")
     missing = [name for name in EVENTS if f"`{name}`" not in text]
     assert not missing
+
+
+def test_every_file_is_in_the_readme() -> None:
+    text = README.read_text(encoding="utf-8")
+    names = [path.stem for path in README.parent.glob("*.py") if not path.stem.startswith("__")]
+    assert [name for name in names if f"`{name}`" not in text] == []

@@ -12,7 +12,7 @@ import torch
 from libs.flags.errors import UserError
 from libs.parallel.mesh import Group, Groups, Layout, Parallel, check_layout, legal_layouts, open_groups, single
 from libs.parallel.seeds import role_seeds
-from libs.parallel.tensor import copy_to, enter, gather_columns, leave, own_tokens, reduce_from, sum_gradient
+from libs.parallel.tensor import copy_to, enter, gather_columns, leave, reduce_from, sum_gradient
 
 
 def test_a_layout_that_fits_is_accepted() -> None:
@@ -57,7 +57,7 @@ def test_in_a_group_of_one_nothing_happens() -> None:
     assert copy_to(x, alone) is reduce_from(x, alone) is gather_columns(x, alone) is x
     assert sum_gradient(x, alone) is sum_gradient(x, None) is x
     for parallel in (None, Parallel(single()), Parallel(single(), sequence_parallel=True)):
-        assert enter(x, parallel, 5) is leave(x, parallel) is own_tokens(x, parallel) is x
+        assert enter(x, parallel, 5) is leave(x, parallel) is x
 
 
 def test_copying_a_model_does_not_copy_its_connections() -> None:

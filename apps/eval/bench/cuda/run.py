@@ -5,7 +5,6 @@ Not for the parts themselves: accuracy.py, builds.py, measure.py, summary.py.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,19 +30,15 @@ from apps.eval.bench.cuda.device import Machine, require_cuda
 from apps.eval.bench.cuda.measure import EventClock, Measured, measure_point
 from apps.eval.bench.cuda.plan import REFERENCE, CudaPlan, Point
 from apps.eval.bench.cuda.summary import aims_of, notes_of, ratios_of
+from apps.eval.bench.machine import Where
 from apps.eval.bench.operands import Operands
 from apps.eval.bench.ops import RedGate
-from apps.eval.bench.receipt import Check, Code, Decision, Hardware, LeftOut, Receipt
-from libs.flags.canonical import hash_json, utc_now
+from apps.eval.bench.receipt import Check, Decision, LeftOut, Receipt
 from libs.flags.environment import fathom_variables
 from libs.flags.errors import UserError
 from libs.flags.facts import Facts
-from libs.flags.gateset import GateSet
-from libs.flags.provenance import redact_command, snapshot
-from libs.flags.resolve import resolve
 from libs.kernels.mimo.sm90.gates import GATES
 
-REPORTED_PACKAGES = ("fathom", "torch", "numpy", "tilelang", "triton", "mamba-ssm")
 # Upstream is tested to 10 %; a contender that is further off computes something else.
 UPSTREAM_TOLERANCE = 0.1
 
@@ -57,19 +52,18 @@ def run_cuda(plan: CudaPlan, *, base: str, command: Sequence[str], machine: str 
         GateRefused: the environment asks for a gate that cannot be honoured.
     """
     started = time.monotonic()
-    where = require_cuda()
+    device = require_cuda()
     if plan.against is not None:
         require_upstream(plan.against)
-    gates = environment_gates(where)
-    load_before, source = os.getloadavg()[0], snapshot({})
+    where = Where(free_of_kernel_gates(device), device, threads=torch.get_num_threads(), machine=machine)
 
     def late() -> bool:
         return plan.seconds is not None and time.monotonic() - started > plan.seconds
 
-    built = _build(plan, where)
-    outcomes = _check(plan, where)
-    others, left_out = _others(plan, where)
-    points = _measure(plan, where, others, late)
+    built = _build(plan, device)
+    outcomes = _check(plan, device)
+    others, left_out = _others(plan, device)
+    points = _measure(plan, device, others, late)
     sampled = {one.name: one for measured in points for one in measured.sampled}
     left_out += [item for measured in points for item in measured.left_out]
     if not sampled:
@@ -84,34 +78,18 @@ def run_cuda(plan: CudaPlan, *, base: str, command: Sequence[str], machine: str 
         outcomes + [outcome for measured in points for outcome in measured.outcomes],
         left_out,
     )
-    hardware = _hardware(source, where, machine, load_before)
-    return _receipt(plan, base, together, built, gates, hardware, source, command)
+    return _receipt(plan, base, together, built, where.fields(config_of(plan, base), command))
 
 
-def _receipt(
-    plan: CudaPlan, base: str, measured: Measured, built: Built, gates: GateSet, hardware: Hardware,
-    source: dict[str, Any], command: Sequence[str],
-) -> Receipt:  # fmt: skip
+def _receipt(plan: CudaPlan, base: str, measured: Measured, built: Built, where: dict[str, Any]) -> Receipt:
     sampled = {one.name: one for one in measured.sampled}
     ratios = ratios_of(plan, base, sampled)
     aims = aims_of(plan, sampled, ratios)
-    config = config_of(plan, base)
-    against = f" and {plan.against}" if plan.against else ""
+    against, machine = f" and {plan.against}" if plan.against else "", where["hardware"].machine
     return Receipt(
-        what=f"mamba3_mimo on {hardware.machine}: Hopper kernels, gate by gate, against two measured floors{against}",
+        **where,
+        what=f"mamba3_mimo on {machine}: Hopper kernels, gate by gate, against two measured floors{against}",
         subject="ops",
-        created=utc_now(),
-        command=redact_command(command),
-        code=Code.of(source),
-        config=config,
-        config_hash=hash_json(config),
-        gates_hash=gates.hash,
-        gates=dict(gates.values()),
-        hardware=hardware,
-        versions={
-            "python": source["python"],
-            **{name: source["packages"][name] for name in REPORTED_PACKAGES if name in source["packages"]},
-        },
         correctness=[Check(**outcome._asdict(), passed=outcome.passed) for outcome in measured.outcomes],
         contenders=measured.sampled,
         ratios=ratios,
@@ -126,23 +104,21 @@ def _receipt(
     )
 
 
-def environment_gates(where: Machine) -> GateSet:
-    """The process's gates, all of which concern other things than these kernels.
+def free_of_kernel_gates(device: Machine) -> Facts:
+    """What the process's gates may ask about, all of which concern other things than these kernels.
 
     Raises:
         UserError: a gate of the kernels is set: the benchmark goes through their settings itself.
     """
-    facts = Facts(
+    ours = {f"FATHOM_{gate.upper()}" for gate in GATES.values()}
+    if set_here := sorted(name for name in fathom_variables() if name.upper() in ours):
+        raise UserError(f"{', '.join(set_here)}: the benchmark goes through the settings itself; unset it")
+    return Facts(
         device="cuda",
-        device_name=where.gpu.name,
-        multiprocessors=where.gpu.multiprocessors,
+        device_name=device.gpu.name,
+        multiprocessors=device.gpu.multiprocessors,
         mimo_backend="tilelang",
     )
-    variables = fathom_variables()
-    ours = {f"FATHOM_{gate.upper()}" for gate in GATES.values()}
-    if set_here := sorted(name for name in variables if name.upper() in ours):
-        raise UserError(f"{', '.join(set_here)}: the benchmark goes through the settings itself; unset it")
-    return resolve(variables, facts)
 
 
 def config_of(plan: CudaPlan, base: str) -> dict[str, Any]:
@@ -221,20 +197,6 @@ def _measure(
                 )
             )  # fmt: skip
     return points
-
-
-def _hardware(source: dict[str, Any], where: Machine, machine: str | None, load_before: float) -> Hardware:
-    return Hardware(
-        machine=machine or where.gpu.name,
-        device="cuda",
-        cpu=source["cpu"],
-        cpu_count=source["cpu_count"],
-        cpu_affinity=source["cpu_affinity"],
-        threads=torch.get_num_threads(),
-        memory_bytes=source["memory_bytes"],
-        load_before=load_before,
-        gpu=where.gpu,
-    )
 
 
 def _progress(what: str) -> Progress:

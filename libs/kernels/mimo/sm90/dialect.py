@@ -217,17 +217,8 @@ class CpuDialect(Dialect):
     def occupancy(self, blocks: int) -> None:
         """One thread."""
 
-    def annotate_layout(self, *_a: Any, **_k: Any) -> None:
-        """No layouts on a CPU."""
-
-    def use_swizzle(self, *_a: Any, **_k: Any) -> None:
-        """No rasterisation on a CPU."""
-
     def sync_threads(self, *_a: Any) -> None:
         """One thread."""
-
-    def no_set_max_nreg(self) -> None:
-        """No registers to assign."""
 
     def number(self, value: float) -> Any:
         """A constant. TileLang's C generator prints seven digits, so it must have no more."""

@@ -182,11 +182,6 @@ def mismatches(mode: Mode, facts: Facts) -> tuple[str, ...]:
     return tuple(found)
 
 
-def emitted_matches(mode: Mode, facts: Facts) -> bool:
-    """Whether the emitted code does what the gates ask for; `mismatches` says what does not."""
-    return not mismatches(mode, facts)
-
-
 def _launch(artifact: Any) -> tuple[tuple[int, ...], int, int]:
     functions = list(artifact.device_mod.functions.values())
     assert len(functions) == 1, "one kernel a module"

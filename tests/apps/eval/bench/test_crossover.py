@@ -39,15 +39,14 @@ def test_time_is_predicted_from_the_longest_shorter_length() -> None:
     known = {1024: Measured(1.0, 10.0), 2048: Measured(3.0, 24.0)}
     assert predicted_seconds(known, 4096, 80.0) == pytest.approx(10.0)
     assert predicted_seconds(known, 2048, 24.0) == pytest.approx(2.4)
-    assert predicted_seconds({}, 4096, 80.0) is None
 
 
 @pytest.mark.parametrize(
     ("step", "left", "rounds"),
     [(1.0, 100.0, 7), (1.0, 7.0 + EXTRA_CALLS, 7), (1.0, 6.9 + EXTRA_CALLS, 6), (1.0, 2.0 + EXTRA_CALLS, 2),
-     (1.0, 1.9 + EXTRA_CALLS, 0), (1.0, 0.0, 0), (1.0, -5.0, 0), (None, 1.0, 7)],
+     (1.0, 1.9 + EXTRA_CALLS, 0), (1.0, 0.0, 0), (1.0, -5.0, 0)],
 )  # fmt: skip
-def test_rounds_that_fit_the_time(step: float | None, left: float, rounds: int) -> None:
+def test_rounds_that_fit_the_time(step: float, left: float, rounds: int) -> None:
     got = allowance(step, wanted=7, left_s=left, need_bytes=GIB, free_bytes=8 * GIB)
     assert got.rounds == rounds
     assert (got.reason is None) == (rounds == 7)
@@ -59,6 +58,36 @@ def test_what_does_not_fit_into_memory_is_left_out_however_much_time_there_is() 
     got = allowance(0.001, wanted=7, left_s=1e9, need_bytes=8 * GIB, free_bytes=10 * GIB)
     assert got.rounds == 0
     assert "needs about 8.0 GiB, 7.0 GiB may be used" in str(got.reason)
+
+
+def test_without_time_nothing_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the first length: a shorter one told what it would take."""
+    monkeypatch.setattr(crossover_job, "_length", lambda *_: pytest.fail("begun without time"))
+    install(resolve({}, Facts(device="cpu", mimo_backend="chunked")))
+    found = crossover_job.measure(PLAN._replace(seconds=0.0), {}, Facts(device="cpu", mimo_backend="chunked"))
+    assert set(found.left_out) == set(PLAN.seq_lens)
+    assert all("--max-minutes" in reason for reason in found.left_out.values())
+
+
+def test_a_length_that_takes_longer_than_it_seemed_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step takes a second of a clock that stands still otherwise; the probe said that one takes nothing."""
+    install(resolve({}, Facts(device="cpu", mimo_backend="chunked")))
+    now = [0.0]
+
+    def step(self: Stepper) -> None:
+        now[0] += 1.0
+
+    monkeypatch.setattr(Stepper, "step", step)
+    monkeypatch.setattr(crossover_job, "check_step", lambda *_: [model_step.Outcome("loss", 0.0, 1.0)])
+    monkeypatch.setattr(crossover_job, "resident_peak", lambda *_, **__: None)
+    monkeypatch.setattr(crossover_job, "wall_seconds", lambda run: 1e-9)
+    monkeypatch.setattr(crossover_job.time, "monotonic", lambda: now[0])
+    # Two probes, two warm-ups and three rounds of two are ten seconds; the time is over in the third round.
+    plan = PLAN._replace(seq_lens=(32, 64), rounds=9, seconds=8.5)
+    found = crossover_job.measure(plan, {}, Facts(device="cpu", mimo_backend="chunked"))
+    assert {key: len(times) for key, times in found.samples.items()} == {("hybrid", 32): 3, ("twin", 32): 3}
+    assert found.fewer == {32: "3 instead of 9 rounds: then the time allowed was over"}
+    assert set(found.left_out) == {64}
 
 
 # The step itself.
@@ -296,6 +325,7 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     ("words", "said"),
     [
         (["--seq-lens", "4q"], "not a number of tokens"),
+        (["--seq-lens", "2,4k"], "--seq-lens 2"),
         (["--preset", "nosuch"], "unknown model preset"),
         (["--preset", "cpu_tiny_dense"], "no 'M' to replace"),
         (["--max-minutes", "0"], "--max-minutes"),

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from libs.kernels.mimo import MimoState, mamba3_mimo
-from libs.kernels.mimo.sm90.dialect import CpuDialect
-from libs.kernels.mimo.sm90.gates import KernelGates
+from libs.kernels.mimo.sm90.bwd_common import BwdSpec
+from libs.kernels.mimo.sm90.dialect import CpuDialect, CudaDialect
+from libs.kernels.mimo.sm90.gates import KernelGates, Mode
+from libs.kernels.mimo.sm90.inspect import SHARED_PER_BLOCK, Facts, inspect
 from tests.libs.kernels.mimo.sm90.scan_case import OFF, call_kernels, cpu_runs
 from tests.support.mimo import Shape, operands, random_state, relative_error, require_grad
 
@@ -82,6 +84,19 @@ def errors(ask: Question, dialect: CpuDialect, *, splits: int = 1, gates: Kernel
     got = kernel_gradients(ask, dialect, splits=splits, gates=gates)
     assert got.keys() == want.keys()
     return {name: relative_error(got[name], want[name]) for name in want}
+
+
+def compiled_for_hopper(kernel: Callable[[CudaDialect, BwdSpec], Any], mode: Mode, N: int, stages: int) -> Facts:
+    """The facts of a backward kernel at the reference shape, once those that hold for both are checked."""
+    dialect = CudaDialect(mode)
+    facts = inspect(kernel(dialect, BwdSpec(1, 1024, 16, 1, 4, N, 64, 16, stages=stages)), dialect)
+    assert facts.spills == 0, facts
+    assert facts.lint == (), facts
+    assert facts.shared <= SHARED_PER_BLOCK, facts
+    assert (facts.wgmma, facts.mma) == (7, 0), facts
+    assert (facts.tma_loads + facts.bulk_copies > 0) == (mode != "plain"), facts
+    assert facts.specialized == (mode == "ws"), facts
+    return facts
 
 
 def mutant(factory: Callable[..., Any], old: str, new: str, folder: Path) -> Callable[..., Any]:

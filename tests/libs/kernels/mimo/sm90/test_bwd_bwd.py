@@ -8,12 +8,10 @@ import pytest
 
 from libs.kernels.mimo.sm90 import bwd_glue, bwd_launch
 from libs.kernels.mimo.sm90.bwd_bwd import bwd_bwd
-from libs.kernels.mimo.sm90.bwd_common import BwdSpec
 from libs.kernels.mimo.sm90.bwd_split import bwd_states
-from libs.kernels.mimo.sm90.dialect import CpuDialect, CudaDialect
+from libs.kernels.mimo.sm90.dialect import CpuDialect
 from libs.kernels.mimo.sm90.gates import KernelGates, Mode
-from libs.kernels.mimo.sm90.inspect import SHARED_PER_BLOCK, inspect
-from tests.libs.kernels.mimo.sm90.bwd_cases import BF16, FP32, FP64, Question, errors, mutant
+from tests.libs.kernels.mimo.sm90.bwd_cases import BF16, FP32, FP64, Question, compiled_for_hopper, errors, mutant
 from tests.support.mimo import Shape
 
 CHUNK = 4
@@ -87,15 +85,8 @@ def test_emulated_bf16_meets_the_gpu_figure(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_compiles_for_hopper_without_spills(mode: Mode, N: int) -> None:
-    dialect = CudaDialect(mode)
-    facts = inspect(bwd_bwd(dialect, BwdSpec(1, 1024, 16, 1, 4, N, 64, 16)), dialect)
-    assert facts.spills == 0, facts
-    assert facts.lint == (), facts
-    assert facts.shared <= SHARED_PER_BLOCK, facts
-    assert (facts.wgmma, facts.mma) == (7, 0), facts
-    assert facts.tma_loads + facts.bulk_copies > 0, facts
+    facts = compiled_for_hopper(bwd_bwd, mode, N, stages=1)
     assert max(facts.tma_ranks) == 2, facts
-    assert facts.specialized == (mode == "ws"), facts
 
 
 MUTANTS = {

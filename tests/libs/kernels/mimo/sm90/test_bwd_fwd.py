@@ -10,10 +10,17 @@ import torch
 from libs.kernels.mimo.sm90 import bwd_launch
 from libs.kernels.mimo.sm90.bwd_common import BwdSpec
 from libs.kernels.mimo.sm90.bwd_fwd import bwd_fwd
-from libs.kernels.mimo.sm90.dialect import CpuDialect, CudaDialect
+from libs.kernels.mimo.sm90.dialect import CpuDialect
 from libs.kernels.mimo.sm90.gates import Mode
-from libs.kernels.mimo.sm90.inspect import SHARED_PER_BLOCK, inspect
-from tests.libs.kernels.mimo.sm90.bwd_cases import FP64, OF_FIRST_KERNEL, Question, errors, kernel_gradients, mutant
+from tests.libs.kernels.mimo.sm90.bwd_cases import (
+    FP64,
+    OF_FIRST_KERNEL,
+    Question,
+    compiled_for_hopper,
+    errors,
+    kernel_gradients,
+    mutant,
+)
 from tests.support.mimo import Shape
 
 CHUNK = 4
@@ -62,14 +69,7 @@ def test_reversed_parallel_loops_and_poisoned_tiles_change_no_bit() -> None:
     ],
 )
 def test_compiles_for_hopper_without_spills(mode: Mode, N: int) -> None:
-    dialect = CudaDialect(mode)
-    facts = inspect(bwd_fwd(dialect, BwdSpec(1, 1024, 16, 1, 4, N, 64, 16, stages=int(mode != "plain"))), dialect)
-    assert facts.spills == 0, facts
-    assert facts.lint == (), facts
-    assert facts.shared <= SHARED_PER_BLOCK, facts
-    assert (facts.wgmma, facts.mma) == (7, 0), facts
-    assert (facts.tma_loads + facts.bulk_copies > 0) == (mode != "plain"), facts
-    assert facts.specialized == (mode == "ws"), facts
+    compiled_for_hopper(bwd_fwd, mode, N, stages=int(mode != "plain"))
 
 
 MUTANTS = {

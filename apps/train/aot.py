@@ -25,6 +25,7 @@ from libs.flags.environment import choose_xla_platform, compile_without_a_tpu, f
 from libs.flags.errors import ExitStatus, UserError
 from libs.flags.installed import install
 from libs.flags.resolve import resolve
+from libs.kernels.attention.pallas.gates import requested_backend as requested_attention
 from libs.kernels.mimo import choose_backend
 from libs.model import HybridLM, flops_per_token, parameter_count
 from libs.model.hybrid import between_blocks
@@ -104,7 +105,11 @@ def build_step(config: TrainConfig, mesh: MeshShape) -> Program:
     if laid is not None:
         laid.keep_rows(between_blocks(model))
     train = config.train
-    model.request_backends(mimo=train.mimo_backend, attention=train.attention_backend, loss=train.loss_backend)
+    try:
+        attention = requested_attention(train.attention_backend)
+        model.request_backends(mimo=train.mimo_backend, attention=attention, loss=train.loss_backend)
+    except ValueError as error:
+        raise UserError(f"train: {error}") from error
     optimizer = build_optimizer(model, config.optim)
     rows, window = config.data.windows_per_batch, config.data.window
     tokens, labels = (placeholder((rows, window), torch.int64) for _ in range(2))

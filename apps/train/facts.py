@@ -5,7 +5,7 @@ Not for choosing the device (lane.py); a planned device (dry_run.py) is asked in
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -14,12 +14,14 @@ from apps.train.config import TrainConfig
 from apps.train.lane import Lane, host_memory
 from libs.flags.errors import UserError
 from libs.flags.facts import Facts
+from libs.kernels.attention.pallas import tiles
 from libs.kernels.loss.liger_selftest import self_test_if_asked
 from libs.kernels.mimo import choose_backend
 from libs.kernels.mimo.capabilities import HOPPER, NOTHING, Geometry, capabilities
 from libs.model.config import MixerConfig, ModelConfig
 from libs.model.memory import MemoryEstimate, memory_estimate
 from libs.model.pattern import LayerKind
+from libs.model.scan_layers import loopable
 from libs.model.sharding import local_config
 from libs.parallel.mesh import Layout
 from libs.parallel.xla.topology import V6E
@@ -153,6 +155,28 @@ def facts_of(config: TrainConfig, machine: Machine, backend: str, layout: Layout
         distributed_optimizer=config.parallel.engine == "megatron",
         te_linears=0,  # every parameter is fp32 under autocast, in every engine
         tensor_parallel=layout.tp,
-        homogeneous_stack=len(set(layers.trunk)) == 1,
+        activation_checkpointing=config.train.activation_checkpointing,
         mtp_depth=config.model.mtp_depth,
+        **_stack_facts(config, machine),
+        **_attention_facts(config, machine),
     )
+
+
+def _stack_facts(config: TrainConfig, machine: Machine) -> dict[str, Any]:
+    """Of the layers, for gate xla_scan_layers; elsewhere than on XLA nobody asks."""
+    if machine.on_xla is None:
+        return {}
+    found = loopable(config.model.architecture())
+    whole = found.difference is None
+    return {"homogeneous_stack": whole, "stack_difference": found.difference, "homogeneous_runs": found.runs}
+
+
+def _attention_facts(config: TrainConfig, machine: Machine) -> dict[str, Any]:
+    """Of the shapes that attention is given, in training and validation, for gate pallas_attention."""
+    model = config.model.architecture()
+    if machine.on_xla is None or model.attention is None or LayerKind.ATTENTION not in model.layers.kinds:
+        return {}
+    dtype = "bfloat16" if machine.bf16 else "float32"
+    lengths = (config.data.window, config.data.valid_document_tokens)
+    refused = [said for S in lengths if (said := tiles.refusal(S, model.attention.head_dim, dtype))]
+    return {"attention_in_tile_table": not refused, "attention_tile_refusal": refused[0] if refused else None}

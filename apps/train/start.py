@@ -38,6 +38,7 @@ from libs.flags.events import BackendChosen, CheckpointAbort, CheckpointRestore,
 from libs.flags.gateset import GateSet
 from libs.flags.provenance import snapshot
 from libs.flags.runlog import read_events
+from libs.kernels.attention.pallas.gates import requested_backend as requested_attention
 from libs.kernels.backend import Choice
 from libs.kernels.loss.gates import requested_backend
 from libs.model import HybridLM
@@ -222,8 +223,8 @@ def _build_model(config: TrainConfig, lane: Lane, groups: Groups) -> HybridLM:
         lane.xla.mesh.keep_rows(between_blocks(model))
     train = config.train
     try:
-        loss = requested_backend(train.loss_backend)
-        model.request_backends(mimo=train.mimo_backend, attention=train.attention_backend, loss=loss)
+        loss, attention = requested_backend(train.loss_backend), requested_attention(train.attention_backend)
+        model.request_backends(mimo=train.mimo_backend, attention=attention, loss=loss)
     except ValueError as error:
         raise UserError(f"train: {error}") from error
     return model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,32 +24,46 @@ Body: TypeAlias = Callable[[Tensors, Tensors, Tensors], tuple[Tensors, Tensors]]
 
 
 def chunk_loop(
-    body: Body, constants: Sequence[Tensor], init: Sequence[Tensor], xs: Sequence[Tensor], driver: Driver
-) -> tuple[Tensors, Tensors]:
+    body: Body, constants: Sequence[Tensor], init: Sequence[Tensor], xs: Sequence[Tensor], driver: Driver,
+    *, weights: bool = False,
+) -> tuple[Tensors, Tensors]:  # fmt: skip
     """`carry, y = body(constants, carry, x)` over the first axis of every x; the last carry, and the ys stacked.
 
     Saved for backward: the constants, the xs, and the carry that enters each chunk. Differentiable once, in every
     floating-point tensor. The carry keeps its shapes and dtypes. On a mesh of XLA devices the first axis of carries and
     the second of xs and ys are taken for rows of the batch, where they divide.
+
+    weights: the xs are weights, so they have no axis of rows.
     """
     flat: Tensors = _Loop.apply(  # type: ignore[no-untyped-call]
-        body, driver, (len(constants), len(init)), *constants, *init, *xs
+        body, driver, (len(constants), len(init)), not weights, *constants, *init, *xs
     )
     return flat[: len(init)], flat[len(init) :]
 
 
+class _Rows(NamedTuple):
+    """Which tensors of a loop have an axis of rows."""
+
+    carry: Sequence[bool]
+    xs: Sequence[bool]
+    ys: bool
+
+
 class _Loop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, body: Body, driver: Driver, counts: tuple[int, int], *tensors: Tensor) -> Tensors:
+    def forward(
+        ctx: Any, body: Body, driver: Driver, counts: tuple[int, int], xs_rows: bool, *tensors: Tensor
+    ) -> Tensors:
         constants, init, xs = _split(tensors, *counts)
 
         def step(constants: Tensors, carry: Tensors, x: Tensors) -> tuple[Tensors, Tensors]:
             after, y = body(constants, carry, x)
             return after, (*carry, *y)
 
-        carry, ys = _DRIVERS[driver](step, constants, init, xs, False, 0)
+        rows = _Rows([True] * len(init), [xs_rows] * len(xs), True)
+        carry, ys = _DRIVERS[driver](step, constants, init, xs, False, rows)
         entering, outputs = ys[: len(init)], ys[len(init) :]
-        ctx.body, ctx.driver, ctx.counts = body, driver, counts
+        ctx.body, ctx.driver, ctx.counts, ctx.xs_rows = body, driver, counts, xs_rows
         ctx.save_for_backward(*constants, *entering, *xs)
         return (*carry, *outputs)
 
@@ -59,7 +73,7 @@ class _Loop(torch.autograd.Function):
         constants, entering, xs = _split(ctx.saved_tensors, *ctx.counts)
         n_carry = len(entering)
         d_carry, d_ys = grads[:n_carry], grads[n_carry:]
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         wants_constant = [need and u.is_floating_point() for need, u in zip(needed, constants, strict=False)]
         wants_x = [need and u.is_floating_point() for need, u in zip(needed[-len(xs) :], xs, strict=True)]
         sums = tuple(torch.zeros_like(u) for u in _chosen(constants, wants_constant))
@@ -73,9 +87,14 @@ class _Loop(torch.autograd.Function):
             totals = tuple(total + d for total, d in zip(totals, d_constants, strict=True))
             return (*totals, *d_entering), d_chunk
 
-        carry, d_xs = _DRIVERS[ctx.driver](step, constants, (*sums, *d_carry), (*entering, *xs, *d_ys), True, len(sums))
+        rows = _Rows(
+            [False] * len(sums) + [True] * n_carry,
+            [True] * n_carry + [ctx.xs_rows] * len(xs) + [True] * len(d_ys),
+            ctx.xs_rows,
+        )
+        carry, d_xs = _DRIVERS[ctx.driver](step, constants, (*sums, *d_carry), (*entering, *xs, *d_ys), True, rows)
         d_constants, d_init = carry[: len(sums)], carry[len(sums) :]
-        return (None, None, None, *_spread(d_constants, wants_constant), *d_init, *_spread(d_xs, wants_x))
+        return (None, None, None, None, *_spread(d_constants, wants_constant), *d_init, *_spread(d_xs, wants_x))
 
 
 def _chunk_backward(
@@ -98,7 +117,7 @@ def _chunk_backward(
 
 
 def _drive_in_python(
-    step: Body, constants: Tensors, init: Tensors, xs: Tensors, reverse: bool, sums: int
+    step: Body, constants: Tensors, init: Tensors, xs: Tensors, reverse: bool, rows: _Rows
 ) -> tuple[Tensors, Tensors]:
     carry, chunks = init, xs[0].shape[0]
     ys: list[Tensors] = []
@@ -110,33 +129,30 @@ def _drive_in_python(
 
 
 def _drive_in_xla(
-    step: Body, constants: Tensors, init: Tensors, xs: Tensors, reverse: bool, sums: int
+    step: Body, constants: Tensors, init: Tensors, xs: Tensors, reverse: bool, rows: _Rows
 ) -> tuple[Tensors, Tensors]:
-    """One while loop. Constants go through its carry: what a body closes over is traced into it, up to the leaves.
-
-    sums: that many first tensors of the carry have no axis of rows.
-    """
+    """One while loop. Constants go through its carry: what a body closes over is traced into it, up to the leaves."""
     # torch_xla is an optional dependency. Its public `scan` would differentiate the body a second time.
     from torch_xla.experimental.scan import _scan_impl_pytree
 
-    n, rows = len(constants), _rows_constraint()
+    n, cut = len(constants), _rows_constraint()
 
     def body(carry: Tensors, x: Tensors) -> tuple[Tensors, Tensors]:
         after, y = step(carry[:n], carry[n:], x)
         return (*(u.clone() for u in carry[:n]), *after), y
 
-    carry, ys = _scan_impl_pytree(body, (*constants, *init[:sums], *rows(init[sums:], 0)), rows(xs, 1), reverse=reverse)
-    return carry[n:], rows(ys, 1)
+    carry, ys = _scan_impl_pytree(body, (*constants, *cut(init, 0, rows.carry)), cut(xs, 1, rows.xs), reverse=reverse)
+    return carry[n:], cut(ys, 1, [rows.ys] * len(ys))
 
 
-def _rows_constraint() -> Callable[[Tensors, int], Tensors]:
-    """On a mesh, tell XLA that these tensors are cut along the axis of rows, as the batch is: left to itself it cuts
-    what is in a loop as it likes, and moves it in every iteration. Without a mesh nothing is done."""
+def _rows_constraint() -> Callable[[Tensors, int, Sequence[bool]], Tensors]:
+    """On a mesh, tell XLA that those tensors that have rows are cut along that axis, as the batch is: left to itself it
+    cuts what is in a loop as it likes, and moves it in every iteration. Without a mesh nothing is done."""
     import torch_xla.distributed.spmd as spmd
 
     mesh = spmd.get_global_mesh()
     if mesh is None:
-        return lambda tensors, _axis: tensors
+        return lambda tensors, _axis, _has_rows: tensors
     axes = tuple(name for name in mesh.axis_names if name in ROW_AXES)
     parts = math.prod(mesh.shape()[name] for name in axes)
 
@@ -148,8 +164,8 @@ def _rows_constraint() -> Callable[[Tensors, int], Tensors]:
         cut: Tensor = spmd.mark_sharding_with_gradients(flat, mesh, (*(None,) * axis, axes, None))
         return cut.view(u.shape)
 
-    def constrain(tensors: Tensors, axis: int) -> Tensors:
-        return tuple(one(u, axis) for u in tensors)
+    def constrain(tensors: Tensors, axis: int, has_rows: Sequence[bool]) -> Tensors:
+        return tuple(one(u, axis) if has else u for u, has in zip(tensors, has_rows, strict=True))
 
     return constrain
 

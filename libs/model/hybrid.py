@@ -35,6 +35,7 @@ from libs.model.layers import (
 from libs.model.mtp import IGNORE, MtpDepth, shift, within_document
 from libs.model.packing import STATIC_DEVICES, packed_rows
 from libs.model.pattern import LayerKind
+from libs.model.scan_layers import layer_runs, refuse_one_by_one, run_as_loop
 from libs.model.sharding import check_tensor_parallel
 from libs.parallel.context import ContextShard, slice_offsets
 from libs.parallel.mesh import Parallel, single
@@ -211,6 +212,15 @@ class HybridLM(nn.Module):
                 x_BSD = block(x_BSD, context)
         return x_BSD
 
+    def _run_trunk(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
+        """All blocks but those of MTP depths; equal ones as one loop where gate xla_scan_layers says so."""
+        blocks, at = self.trunk, 0
+        if x_BSD.device.type in STATIC_DEVICES:
+            for run in layer_runs(blocks, self.activation_checkpointing):
+                x_BSD = run_as_loop(blocks, run, self._run(blocks[at : run.start], x_BSD, context), context, "scan")
+                at = run.stop
+        return self._run(blocks[at:], x_BSD, context)
+
     def _nll(self, hidden_BSD: Tensor, labels_BS: Tensor) -> Tensor:
         """(B, S) from final hidden states as between layers; the same on every tensor-parallel rank."""
         hidden_BSD = enter(hidden_BSD, self.parallel, labels_BS.shape[1])
@@ -233,7 +243,7 @@ class HybridLM(nn.Module):
                 rows and are best left on the CPU); without it every row is one document.
         """
         context = self.pass_context(tokens_BS, cu_seqlens)
-        hidden_BSD: Tensor = self.final_norm(self._run(self.blocks, self.embed(context.mine(tokens_BS)), context))
+        hidden_BSD: Tensor = self.final_norm(self._run_trunk(self.embed(context.mine(tokens_BS)), context))
         return hidden_BSD
 
     def logits(self, tokens_BS: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -272,7 +282,7 @@ class HybridLM(nn.Module):
         parts then add up to the loss of the whole.
         """
         context = self.pass_context(tokens_BS, cu_seqlens)
-        hidden_BSD = self._run(self.blocks, self.embed(context.mine(tokens_BS)), context)
+        hidden_BSD = self._run_trunk(self.embed(context.mine(tokens_BS)), context)
         nll_sum = self._nll(self.final_norm(hidden_BSD), context.mine(labels_BS)).sum()
         divisor = (labels_BS != IGNORE).sum() if counts is None else nll_sum.new_tensor(counts.main)
         total = nll_sum / divisor.clamp(min=1)
@@ -304,6 +314,7 @@ class HybridLM(nn.Module):
         the states of mixers that of one call by bits where the cut is on the chunk grid.
         """
         self._refuse_slices("prefill")
+        refuse_one_by_one(tokens_BS.device)
         before = 0 if state is None else state.position
         context = self.pass_context(tokens_BS, None, offset=before)
         x_BSD = self.embed(tokens_BS)
@@ -318,6 +329,7 @@ class HybridLM(nn.Module):
     def step(self, token_B: Tensor, state: LMState) -> tuple[Tensor, LMState]:
         """Logits (B, V) after one more token per row. The given state stays valid: nothing is in place."""
         self._refuse_slices("step")
+        refuse_one_by_one(token_B.device)
         tokens_B1 = token_B[:, None]
         context = self.pass_context(tokens_B1, None, offset=state.position)
         x_B1D = self.embed(tokens_B1)

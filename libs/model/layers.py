@@ -6,6 +6,7 @@ Not a place for blocks themselves: those are `mixer`, `attention`, `mlp` and `bl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -50,6 +51,20 @@ class ForwardContext(NamedTuple):
     def document_ids(self) -> Tensor | None:
         """(B, S) numbers of the documents where operators take them as a tensor of static shape."""
         return None if self.packed is None else self.packed.ids_BS
+
+    def apart(self) -> tuple[tuple[Tensor, ...], Callable[[tuple[Tensor, ...]], ForwardContext]]:
+        """The tensors that blocks read, and what makes the context again from as many others. It holds none itself: for
+        loops, which must be handed every tensor. Of devices that compile for shapes only."""
+        assert self.packed is not None, "static shapes"
+        ids_BS, positions = self.packed
+        has_rope, has_ids, rest = self.rope is not None, ids_BS is not None, self._replace(rope=None, packed=None)
+
+        def together(tensors: tuple[Tensor, ...]) -> ForwardContext:
+            left = iter(tensors)
+            packed = PackedRows(next(left) if has_ids else None, next(left))
+            return rest._replace(packed=packed, rope=(next(left), next(left)) if has_rope else None)
+
+        return tuple(u for u in (ids_BS, positions, *(self.rope or ())) if u is not None), together
 
     def mine(self, u_BS: Tensor) -> Tensor:
         """This rank's tokens of a tensor of the whole row."""

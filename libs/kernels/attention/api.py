@@ -28,11 +28,16 @@ def _needs_xla(device_type: str) -> str | None:
     return None if device_type == "xla" else "it is a loop for XLA devices"
 
 
-BACKENDS: Mapping[str, Probe] = {"sdpa": _probe, "reference": _probe, "xla": _needs_xla}
+def _needs_tpu(device_type: str) -> str | None:
+    return None if device_type == "xla" else "it is kernels for a TPU, behind the gate pallas_attention"
+
+
+# "auto" never comes to pallas, since xla runs wherever it does: it is asked for by name (see `pallas.gates`).
+BACKENDS: Mapping[str, Probe] = {"sdpa": _probe, "reference": _probe, "xla": _needs_xla, "pallas": _needs_tpu}
 
 
 def choose_backend(requested: str, device: torch.device) -> Choice:
-    """Resolve "auto" | "sdpa" | "reference" | "xla" on `device`. Raises ValueError when one cannot run there."""
+    """Resolve "auto" or the name of a backend on `device`. Raises ValueError when one cannot run there."""
     return pick("attention", requested, device.type, BACKENDS)
 
 
@@ -56,8 +61,10 @@ def attention(
             boundaries 0 = b_0 < ... < b_n = S with B = 1; a query sees keys of its own document only.
         causal: a query sees no later key.
         scale: 1 / sqrt(D) when None.
-        backend: "auto", "sdpa", "reference", or on XLA devices "xla".
-        document_ids: (B, S) integers in place of cu_seqlens, for "xla": the number of the document each token is in.
+        backend: "auto", "sdpa", "reference", or on XLA devices "xla" or "pallas" (a TPU; causal, S == T, and shapes of
+            its tile table).
+        document_ids: (B, S) integers in place of cu_seqlens, for "xla" and "pallas": the number of the document each
+            token is in. For "pallas" a document's tokens follow each other.
 
     Returns:
         (B, S, H, D) in q's dtype.
@@ -68,15 +75,29 @@ def attention(
     bounds = _check(q_BSHD, k_BTGD, v_BTGD, cu_seqlens, causal)
     scale = q_BSHD.shape[-1] ** -0.5 if scale is None else scale
     choice = choose_backend(backend, q_BSHD.device)
-    if choice.value == "xla":
+    if choice.value in ("xla", "pallas"):
         if bounds is not None:
             edges = torch.tensor(bounds[1:-1])
             document_ids = torch.bucketize(torch.arange(bounds[-1]), edges, right=True)[None].to(q_BSHD.device)
-        return attention_xla(q_BSHD, k_BTGD, v_BTGD, document_ids, causal, scale)
+        if choice.value == "xla":
+            return attention_xla(q_BSHD, k_BTGD, v_BTGD, document_ids, causal, scale)
+        return _pallas(q_BSHD, k_BTGD, v_BTGD, document_ids, causal, scale)
     if document_ids is not None:
-        raise ValueError(f"document_ids are for backend 'xla', {choice.value!r} takes cu_seqlens")
+        raise ValueError(f"document_ids are for backends 'xla' and 'pallas', {choice.value!r} takes cu_seqlens")
     run = attention_sdpa if choice.value == "sdpa" else attention_reference
     return run(q_BSHD, k_BTGD, v_BTGD, bounds, causal, scale)
+
+
+def _pallas(q: Tensor, k: Tensor, v: Tensor, document_ids: Tensor | None, causal: bool, scale: float) -> Tensor:
+    if not causal or q.shape[1] != k.shape[1]:
+        raise ValueError(
+            f"attention backend 'pallas' is causal with as many keys as queries, got causal={causal}, S={q.shape[1]}, "
+            f"T={k.shape[1]}; use xla"
+        )
+    # jax and torch_xla are optional dependencies.
+    from libs.kernels.attention.pallas.operator import attention_pallas
+
+    return attention_pallas(q, k, v, document_ids, scale)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | list[int] | None, causal: bool) -> list[int] | None:

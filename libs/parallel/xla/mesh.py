@@ -39,16 +39,25 @@ class Mesh:
         """Tell XLA, at the entry of each module, that its first argument (rows, ...) and that one's gradient are cut by
         rows. Without it XLA is free to cut activations as the parameters are, and to move them at every step of a loop.
         """
-
-        def constrain(_module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            x, *rest = arguments
-            partition = row_partition(x.dim(), x.shape[0], self.shape)
-            if partition[0] is None or x.device.type != "xla":
-                return arguments
-            return (xs.mark_sharding_with_gradients(x, self._mesh, partition), *rest)
-
+        constrain = _RowConstraint(self._mesh, self.shape)
         for module in modules:
             module.register_forward_pre_hook(constrain)
+
+
+class _RowConstraint:
+    """The hook of `Mesh.keep_rows`. stateless: it may be traced once for many modules (`homogeneous`)."""
+
+    stateless = True
+
+    def __init__(self, mesh: xs.Mesh, shape: MeshShape) -> None:
+        self._mesh, self._shape = mesh, shape
+
+    def __call__(self, _module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *rest = arguments
+        partition = row_partition(x.dim(), x.shape[0], self._shape)
+        if partition[0] is None or x.device.type != "xla":
+            return arguments
+        return (xs.mark_sharding_with_gradients(x, self._mesh, partition), *rest)
 
 
 def open_mesh(shape: MeshShape) -> Mesh:

@@ -1,0 +1,1 @@
+"""Attention by TPU Pallas kernels, behind the gate `pallas_attention`. Only `kernels` and `operator` import jax."""

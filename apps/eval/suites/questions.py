@@ -81,7 +81,7 @@ def ask_all(
 ) -> Replies:
     """Ask every question. Questions with one shared context are asked together, so that a cache can help.
 
-    With the mode snapshots the state after a shared context is kept on purpose (`mark`), and a seeded sample is asked
+    With the mode snapshots the state after a shared context is kept on purpose (`checkpoint`), and a seeded sample is asked
     again of engines that know no prefix.
 
     Raises:
@@ -102,7 +102,7 @@ def ask_all(
     try:
         for number, group in enumerate(groups.values()):
             if engines.mode == SNAPSHOTS and group[0].shared.size:
-                engine.mark(group[0].shared.tolist(), f"context {number}")
+                engine.checkpoint(f"context {number}", group[0].shared.tolist())
             replies |= _ask(engine, group)
             on_progress(len(replies), len(questions))
         counted = {name: int(engine.counters[name]) for name in _COUNTED}

@@ -201,8 +201,8 @@ class Engine(NotCopyable):
         found = self._run([Request.to_score(context, after, **self._limits) for context, after in items])
         return [result for result in found if isinstance(result, Scored)]
 
-    def mark(self, prompt: Sequence[int], name: str) -> None:
-        """Compute a known prefix now, rounded down to a boundary, and keep it longer than anything that is cached.
+    def checkpoint(self, name: str, prompt: Sequence[int]) -> None:
+        """Mark a known prefix: compute it now, rounded down to a boundary, and keep it longer than what is cached.
 
         Raises:
             UserError, CapacityError: see `Marks.add`.

@@ -1,4 +1,4 @@
-"""Known prefixes kept by name, in the engine and as files: what `Engine.mark`, `save_marks` and `load_marks` do.
+"""Known prefixes kept by name, in the engine and as files: what `Engine.checkpoint`, `save_marks` and `load_marks` do.
 
 A file holds the tokens, the keys and values of all attention layers and the states of all recurrent ones, under the
 name of the model, the layout and everything that decides about bits, with a checksum. Not for choosing what is marked.

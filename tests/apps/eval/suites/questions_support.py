@@ -44,7 +44,7 @@ class UniformEngine:
         self.requests += [tuple(context) for context, _ in items]
         return [Scored((self._logprob,) * len(answer), False, REPORT) for _, answer in items]
 
-    def mark(self, prompt: Sequence[int], name: str) -> None:
+    def checkpoint(self, name: str, prompt: Sequence[int]) -> None:
         raise AssertionError("only with snapshots")
 
     def close(self) -> None:

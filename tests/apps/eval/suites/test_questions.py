@@ -115,7 +115,7 @@ class LyingCache(UniformEngine):
         found = super().score(items)
         return [Scored(tuple(p - 1e-9 * len(self.requests) for p in s.logprobs), s.greedy, s.report) for s in found]
 
-    def mark(self, prompt, name):  # type: ignore[no-untyped-def]
+    def checkpoint(self, name, prompt):  # type: ignore[no-untyped-def]
         pass
 
 

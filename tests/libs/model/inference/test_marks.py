@@ -18,7 +18,7 @@ TEXT = ids(200, 1)
 def test_a_mark_is_used_and_outlives_the_cache(engine: BuildEngine) -> None:
     wanted = engine().generate([TEXT], HOW)[0]
     marked = engine("snapshots", kv_blocks=26, snapshot_bytes=30_000)
-    marked.mark(TEXT[:150], "head")
+    marked.checkpoint("head", TEXT[:150])
     for seed in range(2, 9):  # fills the pool and the states kept
         marked.generate([ids(180, seed)], HOW)
     found = marked.generate([TEXT], HOW)[0]
@@ -31,37 +31,37 @@ def test_a_mark_is_used_and_outlives_the_cache(engine: BuildEngine) -> None:
 
 def test_marks_give_way_to_what_could_not_run(engine: BuildEngine) -> None:
     marked = engine("snapshots", kv_blocks=14)
-    marked.mark(ids(130, 2), "first")
-    marked.mark(ids(64, 3), "second")
+    marked.checkpoint("first", ids(130, 2))
+    marked.checkpoint("second", ids(64, 3))
     marked.generate([ids(150, 4)], HOW)
     assert marked.counters["marks_dropped"] == 1
     assert list(marked._marks.tokens) == ["second"]
-    marked.mark(ids(200, 5), "third")
+    marked.checkpoint("third", ids(200, 5))
     assert list(marked._marks.tokens) == ["third"]
     with pytest.raises(CapacityError, match="needed"):
-        marked.mark(ids(300, 6), "too long")
+        marked.checkpoint("too long", ids(300, 6))
     marked.check()
     assert marked.usage.active == 12 * (list(marked._marks.tokens) == ["third"])
 
 
 def test_what_cannot_be_marked(engine: BuildEngine) -> None:
     marked = engine("snapshots")
-    marked.mark(TEXT[:63], "no boundary in it")
+    marked.checkpoint("no boundary in it", TEXT[:63])
     assert not marked._marks.tokens
-    marked.mark(TEXT, "a")
+    marked.checkpoint("a", TEXT)
     for prompt, name, message in ((TEXT, "a", "already"), (TEXT, "a\n", "printable"), ([], "b", "empty")):
         with pytest.raises(UserError, match=message):
-            marked.mark(prompt, name)
+            marked.checkpoint(name, prompt)
     with pytest.raises(UserError, match="FATHOM_PREFIX_CACHE=snapshots"):
-        engine("memory_only").mark(TEXT, "a")
+        engine("memory_only").checkpoint("a", TEXT)
 
 
 @pytest.mark.parametrize("pattern", ["M-*M-*", "M-", "*-"])
 def test_a_saved_mark_is_the_same_bits_in_another_engine(engine: BuildEngine, tmp_path: Path, pattern: str) -> None:
     wanted = engine(pattern=pattern).generate([TEXT], HOW)[0]
     saving = engine("snapshots", pattern=pattern)
-    saving.mark(TEXT[:130], "a context")
-    saving.mark(ids(64, 5), "another")
+    saving.checkpoint("a context", TEXT[:130])
+    saving.checkpoint("another", ids(64, 5))
     saving.save_marks(tmp_path / "marks")
     loading = engine("snapshots", pattern=pattern, audit_share=1.0)
     assert loading.load_marks(tmp_path / "marks") == ("a context", "another")
@@ -74,7 +74,7 @@ def test_a_saved_mark_is_the_same_bits_in_another_engine(engine: BuildEngine, tm
 
 def test_a_changed_or_foreign_mark_is_refused(engine: BuildEngine, tmp_path: Path) -> None:
     saving = engine("snapshots")
-    saving.mark(TEXT, "m")
+    saving.checkpoint("m", TEXT)
     saving.save_marks(tmp_path)
     (path,) = tmp_path.glob("*.safetensors")
     good = path.read_bytes()

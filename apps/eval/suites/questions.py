@@ -81,8 +81,8 @@ def ask_all(
 ) -> Replies:
     """Ask every question. Questions with one shared context are asked together, so that a cache can help.
 
-    With the mode snapshots the state after a shared context is kept on purpose (`checkpoint`), and a seeded sample is asked
-    again of engines that know no prefix.
+    With the mode snapshots the state after a shared context is kept on purpose (`checkpoint`), and a seeded sample is
+    asked again of engines that know no prefix.
 
     Raises:
         CacheDiffers: an answer of the sample has other bits.

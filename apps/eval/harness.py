@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from apps.eval.loading import choose_device, load_tokenizer
-from apps.eval.run import eval_facts
+from apps.eval.loading import choose_device, eval_facts, load_tokenizer
 from apps.eval.suites.suite import Respondent
 from libs.flags.canonical import sha256_hex
 from libs.flags.environment import fathom_variables

@@ -28,8 +28,8 @@ def choose_device(requested: str) -> torch.device:
     return torch.device(requested)
 
 
-def engine_facts(device: torch.device, model: ModelConfig, engine: EngineConfig) -> Facts:
-    """What the gates of an engine are resolved against."""
+def eval_facts(device: torch.device) -> Facts:
+    """What the gates of an evaluation are resolved against. Nothing is drafted, so speculation is refused."""
     on_gpu = device.type == "cuda"
     return Facts(
         device="cuda" if on_gpu else "cpu",
@@ -37,11 +37,18 @@ def engine_facts(device: torch.device, model: ModelConfig, engine: EngineConfig)
         compute_capability=torch.cuda.get_device_capability() if on_gpu else None,
         device_count=torch.cuda.device_count() if on_gpu else None,
         mimo_backend=choose_backend("auto", device).value,
-        mtp_depth=model.mtp_depth,
         state_slots=True,
-        draft_length=engine.draft_length,
-        kv_block_size=engine.block_size,
     )
+
+
+def engine_facts(device: torch.device, model: ModelConfig, engine: EngineConfig) -> Facts:
+    """As `eval_facts`, for one engine that may draft."""
+    drafts = {
+        "mtp_depth": model.mtp_depth,
+        "draft_length": engine.draft_length,
+        "kv_block_size": engine.block_size,
+    }
+    return eval_facts(device).model_copy(update=drafts)
 
 
 def load_tokenizer(checkpoint: Path, model: ModelConfig) -> Tokenizer:

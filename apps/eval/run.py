@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from apps.eval.config import EvalConfig
-from apps.eval.loading import TOKENIZER_FILE, choose_device
+from apps.eval.loading import TOKENIZER_FILE, choose_device, eval_facts
 from apps.eval.place import Place, locate, shown_path
 from apps.eval.progress import phases
 from apps.eval.record import Settings, recorded
@@ -34,13 +34,11 @@ from libs.flags.canonical import sha256_hex, utc_now
 from libs.flags.environment import fathom_variables
 from libs.flags.errors import GateRefused, UserError
 from libs.flags.events import EvalResult
-from libs.flags.facts import Facts
 from libs.flags.gateset import GateSet
 from libs.flags.installed import install
 from libs.flags.provenance import redact_command, snapshot
 from libs.flags.resolve import resolve
 from libs.flags.runlog import RunLog
-from libs.kernels.mimo import choose_backend
 from libs.model import HybridLM, parameter_count
 from libs.model.checkpoint import MANIFEST, checkpoint_step
 from libs.model.inference import Engine, EngineConfig
@@ -182,19 +180,6 @@ def _report(subject: _Subject, suite: Suite, output: SuiteOutput, items: str, se
             name=items_path(place.out[suite.name]).name, sha256=sha256_hex(items.encode()), lines=len(output.items)
         ),
         details=output.details,
-    )
-
-
-def eval_facts(device: torch.device) -> Facts:
-    """What the gates of an evaluation are resolved against. Nothing is drafted, so speculation is refused."""
-    on_gpu = device.type == "cuda"
-    return Facts(
-        device="cuda" if on_gpu else "cpu",
-        device_name=torch.cuda.get_device_name() if on_gpu else None,
-        compute_capability=torch.cuda.get_device_capability() if on_gpu else None,
-        device_count=torch.cuda.device_count() if on_gpu else None,
-        mimo_backend=choose_backend("auto", device).value,
-        state_slots=True,  # suites that ask questions run them through the engine
     )
 
 

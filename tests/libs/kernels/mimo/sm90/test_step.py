@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from libs.kernels.mimo.sm90.dialect import CpuDialect, CudaDialect
 from libs.kernels.mimo.sm90.inspect import inspect
 from libs.kernels.mimo.sm90.step import StepSpec, make_step
 from libs.kernels.mimo.sm90.tiles import SHAPES
+from tests.libs.kernels.mimo.sm90.grid_cases import needs_nvcc
 from tests.support.mimo import Shape, operands, random_state, relative_error, slice_tokens
 
 SLOTS = 7
@@ -261,9 +261,6 @@ def test_a_state_size_that_is_no_power_of_two_is_refused() -> None:
     token, state = one_token(shape, torch.float32), all_slots(shape, torch.float32)
     with pytest.raises(UserError, match="N=12"):
         decode.mimo_step_sm90(state, torch.zeros(1, dtype=torch.int32), **token, rotary_dim_divisor=4)
-
-
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
 
 
 def assert_compiles(spec: StepSpec) -> str:

@@ -54,7 +54,7 @@ COMMANDS = {
     "generate": Command(
         "apps.eval.generate", "main", "text from a checkpoint, streamed; --plan: its memory", {78: _REFUSED}
     ),
-    "report": Command("apps.eval.report.__main__", "main", "self-contained HTML: a run, compare, receipts, flags"),
+    "report": Command("apps.eval.report.__main__", "main", "self-contained HTML: a run, compare, all, receipts ..."),
     "bench": Command(
         "apps.eval.bench.__main__", "main", "benchmarks with receipts: ab, ops, comm; kernels",
         {1: "the correctness gate is red: nothing was timed", 78: "a gate of an arm was refused"},

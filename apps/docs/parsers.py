@@ -41,6 +41,7 @@ PARSERS: Mapping[str, tuple[Callable[[], argparse.ArgumentParser], ...]] = {
     "report": (
         apps.eval.report.__main__.build_parser,
         apps.eval.report.__main__.compare_parser,
+        apps.eval.report.__main__.site_parser,
         *(page.build_parser for page in PAGES.values()),
     ),
     "bench": (apps.eval.bench.__main__.build_parser,),

@@ -1,6 +1,6 @@
-"""The lanes: CPU, several CPU processes, Hopper GPU, TPU; what each lacks here, and the one command that makes it work.
+"""The lanes (CPU, several CPU processes, one Hopper GPU, eight, TPU): what each lacks here, and what makes it work.
 
-Not for finding out (machine.py). A lane works when nothing that it needs is missing or known to be bad.
+One command for each. Not for finding out (machine.py). A lane works when nothing that it needs is missing or known bad.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from apps.doctor.machine import Machine
+from apps.doctor.machine import Gpu, Machine
 from apps.doctor.selftests import SelfTest
 from apps.doctor.versions import Bad, known_bad
 
 _HOPPER = (9, 0)
 _SETUP = "make setup"
-_HOPPER_SETUP = "docker build -f infra/docker/cuda.Dockerfile . (or, without a network, infra/gpu/prepare.sh OUT)"
+_NODE = 8  # GPUs, as the h200_8x recipes want them
+_HOPPER_SETUP = "docker build -f infra/docker/cuda.Dockerfile -t fathom:cuda . (without a network: infra/gpu/README.md)"
+_ELSEWHERE = "on a machine with such GPUs: "
 _TPU_SETUP = "make setup-tpu, then .venv-tpu/bin/fathom (on a TPU VM with TORCH_INDEX=...: infra/tpu/README.md)"
 # What each lane imports: a bad version of anything else is a warning to it, not a fault.
 _COMMON = ("python", "torch", "megatron-core", "pydantic", "numpy")
@@ -51,7 +53,13 @@ class Diagnosis(NamedTuple):
 def diagnose(machine: Machine, selftests: Sequence[SelfTest]) -> Diagnosis:
     """Judge a machine, given what the kernels' self-tests said."""
     bad = known_bad(machine.python, machine.packages)
-    makers: tuple[Callable[[Machine, Sequence[Bad], Sequence[SelfTest]], Lane], ...] = (_cpu, _many, _hopper, _tpu)
+    makers: tuple[Callable[[Machine, Sequence[Bad], Sequence[SelfTest]], Lane], ...] = (
+        _cpu,
+        _many,
+        _hopper,
+        _eight,
+        _tpu,
+    )
     return Diagnosis(machine, bad, list(selftests), [make(machine, bad, selftests) for make in makers])
 
 
@@ -70,6 +78,8 @@ def _cpu(machine: Machine, bad: Sequence[Bad], selftests: Sequence[SelfTest]) ->
     limits = []
     if "jinja2" not in machine.packages:
         limits.append("no `fathom report`: jinja2 is not installed (extra eval)")
+    if not {"starlette", "uvicorn"} <= machine.packages.keys():
+        limits.append("no `fathom serve`: starlette and uvicorn are not both installed (extra serve)")
     if machine.compiler is None:
         limits.append("no C compiler (cc, gcc, clang): nothing that compiles at run time works")
     run = "fathom train --recipe cpu_demo"
@@ -106,8 +116,22 @@ def _hopper(machine: Machine, bad: Sequence[Bad], selftests: Sequence[SelfTest])
     for package, gate in (("liger-kernel", "fused_linear_ce"), ("transformer-engine", "fp8_param_gather")):
         if package not in machine.packages:
             limits.append(f"gate {gate} will refuse: {package} is not installed")
-    run = "fathom train --recipe h200_1x_smoke --train.mimo_backend tilelang (eight GPUs: infra/launch/README.md)"
-    return Lane("CUDA, Hopper", tuple(missing), tuple(limits), _HOPPER_SETUP if missing else run)
+    run = "fathom train --recipe h200_1x_smoke --train.mimo_backend tilelang"
+    return Lane("CUDA, Hopper", tuple(missing), tuple(limits), _hopper_setup(hopper, 1) if missing else run)
+
+
+def _eight(machine: Machine, bad: Sequence[Bad], selftests: Sequence[SelfTest]) -> Lane:
+    one = _hopper(machine, bad, selftests)
+    hopper = [gpu for gpu in machine.gpus if gpu.capability == _HOPPER]
+    missing = one.missing
+    if hopper and len(hopper) < _NODE:
+        missing += (f"{len(hopper)} of {_NODE} GPUs of sm_90: the h200_8x recipes are laid out for {_NODE}",)
+    run = "infra/launch/torchrun.sh runs/first --recipe h200_8x_bf16"
+    return Lane(f"CUDA, Hopper, {_NODE} GPUs", missing, one.limits, _hopper_setup(hopper, _NODE) if missing else run)
+
+
+def _hopper_setup(found: Sequence[Gpu], wanted: int) -> str:
+    return _HOPPER_SETUP if len(found) >= wanted else _ELSEWHERE + _HOPPER_SETUP
 
 
 def _tpu(machine: Machine, bad: Sequence[Bad], selftests: Sequence[SelfTest]) -> Lane:

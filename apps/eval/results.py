@@ -310,4 +310,5 @@ def read_result(path: Path) -> EvalReport:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UserError(f"{path} is not an evaluation result of this version: {where}: {first['msg']}") from error
+        what = f"{path} is not an evaluation result of this version: {where}: {first['msg']}"
+        raise UserError(f"{what}; make it again: fathom eval --checkpoint RUN --suite {path.stem}") from error

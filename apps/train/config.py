@@ -116,6 +116,9 @@ class ParallelSection(Section):
         default="auto",
         description="who reduces gradients and updates; auto: torch. megatron: on CUDA, overlapped, state sharded",
     )
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] | None = Field(
+        default=None, description="how large linears compute in FP8, with gate fp8_param_gather; none: not in FP8"
+    )
     timeout_s: float = Field(default=60.0, gt=0, description="a rank that is silent for longer stops the job")
 
     @model_validator(mode="after")
@@ -179,7 +182,7 @@ class TrainConfig(Section):
         if used > steps:
             raise ValueError(
                 f"schedule.warmup_steps = {warmup} and schedule.decay_steps = {decay} ({self.schedule.kind}) "
-                f"do not fit in train.steps = {steps}"
+                f"do not fit in train.steps = {steps}: lower them, or give train.steps {used} or more"
             )
         return self
 

@@ -32,6 +32,7 @@ from libs.flags.installed import install, record_changes, record_refusals
 from libs.flags.provenance import redact_command
 from libs.flags.resolve import resolve
 from libs.flags.runlog import RunLog, log_path, next_attempt, read_events
+from libs.flags.runs import find_run
 from libs.flags.verify import verify_chain
 from libs.model.checkpoint import resolve_run
 from libs.parallel.exchange import RanksLost
@@ -141,7 +142,13 @@ def saved_run(run: str) -> tuple[Identity, Resolved]:
     run_dir = resolve_run(Path(run))
     path = run_dir / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"--resume {run}: no {CONFIG_FILE} in {run_dir}: not a run of `fathom train`")
+        if not run_dir.is_dir():
+            found = find_run(run)  # raises, naming the runs that are near
+            raise UserError(f"--resume {run}: there is no such folder; is it --resume {found}?")
+        raise UserError(
+            f"--resume {run}: no {CONFIG_FILE} in {run_dir}: not a run of `fathom train`, or one that was refused "
+            "before it began: start it anew, without --resume"
+        )
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         identity = Identity(run_dir.resolve(), saved["run_id"], saved["recipe"])

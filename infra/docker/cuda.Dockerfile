@@ -41,7 +41,7 @@ RUN CUDNN_PATH="$NVIDIA_PACKAGES/cudnn" \
     uv pip install --no-build-isolation --no-binary transformer_engine_torch "transformer_engine_torch==$TE_VERSION"
 
 WORKDIR /opt/fathom
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY apps apps
 COPY libs libs
 COPY infra infra

@@ -14,7 +14,7 @@ WORKDIR /opt/fathom
 COPY libs libs
 COPY apps apps
 COPY infra infra
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 RUN PYTHON=python3.11 TORCH_INDEX="$TORCH_INDEX" infra/tpu/setup.sh .venv-tpu
 ENV PATH=/opt/fathom/.venv-tpu/bin:$PATH
 

@@ -15,7 +15,7 @@ from libs.flags.registry import Dependency, GateSpec, GateValue, Kind, Stage, bu
 _SINCE = "0.1.0"
 _EXPIRY = "0.4.0"
 _SCAN_KERNELS = ("fwd", "bwd_fwd", "bwd_bwd")
-_HOPPER_RECIPES = ("delayed", "tensorwise", "blockwise")
+_FP8_RECIPES = ("tensorwise", "blockwise")
 
 
 @needs(
@@ -84,23 +84,25 @@ def _too_few_blocks(_value: GateValue, facts: Facts) -> str | None:
     return None if blocks < processors else f"needs B*H below the {processors} multiprocessors, it is {blocks}"
 
 
-@needs("config.fp8_recipe", f"fp8 recipe {', '.join(_HOPPER_RECIPES)}", "set an fp8 recipe that sm_90 supports")
+@needs("config.fp8_recipe", f"fp8 recipe {' or '.join(_FP8_RECIPES)}", "set parallel.fp8_recipe to one of these")
 def _fp8_recipe(_value: GateValue, facts: Facts) -> str | None:
-    if facts.fp8_recipe in _HOPPER_RECIPES:
+    if facts.fp8_recipe in _FP8_RECIPES:
         return None
-    return f"needs an fp8 recipe of {', '.join(_HOPPER_RECIPES)}, found {facts.fp8_recipe or 'none'}"
+    # Delayed scaling keeps maxima from step to step, and a recomputed block would record each of them twice.
+    why = ", which activation checkpointing would update twice a step" if facts.fp8_recipe == "delayed" else ""
+    return f"needs an fp8 recipe of {', '.join(_FP8_RECIPES)}, found {facts.fp8_recipe or 'none'}{why}"
 
 
 @needs(
     "model.te_linears",
-    "a model of transformer-engine's linears",
-    "leave the gate off: infra/decisions/0014-fp8-param-gather-stays-a-scaffold.md says what such a model needs",
+    "a model with linears that can hold FP8 weights",
+    "use a model with mixers, attention or MLPs, or leave the gate off",
 )
 def _te_linears(_value: GateValue, facts: Facts) -> str | None:
     if facts.te_linears:
         return None
-    found = "unknown here" if facts.te_linears is None else "it has none, and fp32 parameters"
-    return f"needs a model of transformer-engine's linears: {found}"
+    found = "unknown here" if facts.te_linears is None else "it has none"
+    return f"needs a model with linears that can hold FP8 weights: {found}"
 
 
 @needs(
@@ -279,11 +281,11 @@ _DECLARED = build_catalog(
             name="fp8_param_gather",
             kind=Kind.ENUM,
             values=("off", "on", "on_untried_te"),
-            stage=Stage.SCAFFOLD,
+            stage=Stage.EXPERIMENTAL,
             since=_SINCE,
             expiry=_EXPIRY,
             owner="parallel",
-            summary="Gather FP8 parameters instead of bf16 in the distributed optimizer.",
+            summary="Large linears compute in FP8, and replicas gather their weights in FP8.",
             preconditions=(
                 on_device("cuda"),
                 capability(9, 0),

@@ -58,7 +58,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    summary = summarise(find_run(options.run))
+    summary = summarise(_run(options.run))
     if options.json:
         print(summary.model_dump_json(indent=1))
     else:
@@ -66,8 +66,14 @@ def _show(options: argparse.Namespace) -> int:
     return exit_status([summary], 1)
 
 
+def _run(name: str) -> Path:
+    """The run's own directory, not a link to it: its name is shown."""
+    found = find_run(name)
+    return found.resolve() if found.is_symlink() else found
+
+
 def _diff(options: argparse.Namespace) -> int:
-    a, b = find_run(options.run_a), find_run(options.run_b)
+    a, b = _run(options.run_a), _run(options.run_b)
     rows = differences(a, b)
     if options.json:
         print(json.dumps([row._asdict() for row in rows], indent=1))
@@ -95,7 +101,8 @@ def add_index_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rebuild", action="store_true", help="make the index anew from the runs' own files")
 
 
-def _at_least_one(text: str) -> int:
+def at_least_one(text: str) -> int:
+    """An option's value that counts something."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: allowed are 1 and above")
@@ -114,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     listing.add_argument("--refused", action="store_true", help="a gate was refused")
     listing.add_argument("--changed", action="store_true", help="a gate was changed on resume")
     listing.add_argument("--untrusted", action="store_true", help="its audit chain does not verify, or is not there")
-    listing.add_argument("--limit", type=_at_least_one, metavar="N", help="only the last N by name")
+    listing.add_argument("--limit", type=at_least_one, metavar="N", help="only the last N by name")
     command("show", _show, "one run, read from its own files").add_argument("run", metavar="RUN")
     diff = command("diff", _diff, "what two runs differ in: code, data, packages, gates, config, results")
     diff.add_argument("run_a", metavar="RUN_A")

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from pydantic_core import from_json
@@ -38,6 +38,7 @@ from libs.flags.runlog import TORN_LINE, Envelope, log_path, next_attempt, parse
 from libs.flags.runs import verify_run
 
 _BEFORE_TRAINING = ("config.resolved", "gates.resolved", "env.snapshot", "data.fingerprint")
+_OPEN = "the run goes on, or it was killed and `fathom train --resume RUN` goes on with it"
 _EXIT_OF: dict[str, set[int]] = {
     "completed": {ExitStatus.OK},
     "requeue": {ExitStatus.REQUEUE},
@@ -73,8 +74,8 @@ Attempt = Sequence[_Entry]
 Findings = Iterator[Finding]
 
 
-def check_log(run: Path, *, rank: int = 0) -> LogReport:
-    """Apply every rule to the log of one rank.
+def check_log(run: Path, *, rank: int = 0, known: Sequence[dict[str, Any]] = ()) -> LogReport:
+    """Apply every rule to the log of one rank. known: its first lines, as `read_events` gave them, not decoded again.
 
     Raises:
         UserError: there is no such log.
@@ -82,10 +83,14 @@ def check_log(run: Path, *, rank: int = 0) -> LogReport:
     path = log_path(run, rank)
     if not path.is_file():
         raise UserError(f"no run log at {path}: not a run directory, or rank {rank} wrote nothing")
+    with no_collections():
+        return _judged(run, rank, path, known)
+
+
+def _judged(run: Path, rank: int, path: Path, known: Sequence[dict[str, Any]]) -> LogReport:
     violations: list[Finding] = []
     notes: list[Finding] = []
-    with _no_collections():
-        entries = _parse(path, violations, notes)
+    entries = _parse(path, known, violations, notes)
     violations += _same_run(entries, rank)
     attempts = [list(group) for _, group in itertools.groupby(entries, key=lambda entry: entry.envelope.attempt)]
     for attempt in attempts:
@@ -102,7 +107,7 @@ def check_log(run: Path, *, rank: int = 0) -> LogReport:
         last = attempts[-1][-1]
         # A rank that crashed and had no part in later attempts: the run went on with fewer ranks.
         left_out = rank != 0 and next_attempt(run) - 1 > last.envelope.attempt
-        found = Finding("run.stop", last.line, "the last event is not run.stop")
+        found = Finding("run.stop", last.line, f"the last event is not run.stop: {_OPEN}")
         (notes if left_out else violations).append(found)
     violations += _against_audit(run, rank, attempts)
     ordered = tuple(sorted(set(violations), key=lambda finding: (finding.line, finding.rule)))
@@ -110,8 +115,8 @@ def check_log(run: Path, *, rank: int = 0) -> LogReport:
 
 
 @contextmanager
-def _no_collections() -> Iterator[None]:
-    """No cycle is made while a log is read, and looking for some again and again takes half of the time."""
+def no_collections() -> Iterator[None]:
+    """No cycle is made while a log is read, and looking for some again and again takes up to half of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -121,14 +126,16 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _parse(path: Path, violations: list[Finding], notes: list[Finding]) -> list[_Entry]:
+def _parse(
+    path: Path, known: Sequence[dict[str, Any]], violations: list[Finding], notes: list[Finding]
+) -> list[_Entry]:
     entries: list[_Entry] = []
     for line in read_lines(path):
         if line.torn:
             notes.append(Finding("schema", line.number, f"unfinished last line, {len(line.content)} bytes: a crash"))
             break
         try:
-            record = from_json(line.content)
+            record = known[line.number - 1] if line.number <= len(known) else from_json(line.content)
             if not isinstance(record, dict):
                 raise UserError(f"not a JSON object: {line.content[:80]!r}")
             parsed = parse_line(record)

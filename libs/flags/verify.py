@@ -144,7 +144,9 @@ def _explain(
             raise _Bad("reorder", index, f"record {record['seq']} stands here, record {index} at line {later[0] + 1}")
         raise _Bad("insert", index, f"the record that follows record {index - 1} is at line {later[0] + 1}")
     if isinstance(record["seq"], int) and record["seq"] > index:
-        raise _Bad("delete", index, f"records {index} to {record['seq'] - 1} are missing")
+        last = record["seq"] - 1
+        missing = f"record {index} is missing" if last == index else f"records {index} to {last} are missing"
+        raise _Bad("delete", index, missing)
     if record["seq"] != index:
         raise _Bad("insert", index, f"it calls itself record {record['seq']}")
     if index == 0 or Anchor(heads[-1], index) in known:

@@ -93,7 +93,7 @@ def run_crossover(
     if not found.samples:
         said = "; ".join(f"S={seq_len}: {reason}" for seq_len, reason in found.left_out.items())
         raise UserError(f"nothing could be measured: {said}; ask for shorter lengths, or allow more with --max-minutes")
-    sampled = [_sampled(plan, models, key, times) for key, times in found.samples.items()]
+    sampled = [_sampled(models, key, times) for key, times in found.samples.items()]
     points = _points(found, models, sampled)
     crossings = crossings_of(points, sampled, modelled, seed=plan.how.seed)
     return CrossoverReceipt(
@@ -146,9 +146,7 @@ def ratios_of(points: Sequence[Point], contenders: Sequence[Sampled]) -> list[Ra
     ]
 
 
-def _sampled(
-    plan: CrossoverPlan, models: Mapping[Model, ModelConfig], key: tuple[Model, int], times: Sequence[float]
-) -> Sampled:
+def _sampled(models: Mapping[Model, ModelConfig], key: tuple[Model, int], times: Sequence[float]) -> Sampled:
     model, seq_len = key
     what = f"forward, backward and update of {models[model].name} on one row of {seq_len} tokens"
     flops = step_flops(models[model], seq_len)

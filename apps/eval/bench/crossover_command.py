@@ -58,8 +58,8 @@ def run_crossover_command(args: argparse.Namespace, arguments: Sequence[str]) ->
         if args.plot is None:
             return
         # jinja2 is of the extra 'eval'.
-        from apps.eval.report.build import write_page
         from apps.eval.report.crossover_page import crossover_page
+        from apps.eval.report.page import write_page
 
         write_page(crossover_page(receipt), args.plot)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from apps.eval.bench.kernels import KernelTable
+from apps.eval.bench.kernel_table import KernelTable
 
 
 def print_kernels(found: KernelTable, console: Console) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from typing import Literal, get_args
+from typing import get_args
 
 from rich.console import Console
 
+from apps.eval.bench.kernel_table import KernelName
 from libs.flags.errors import ExitStatus, UserError
 
-# As in `libs.kernels.mimo.sm90.kernel_set`, which needs the compilers; a test compares them.
-KernelName = Literal["states", "combine", "fwd", "bwd_fwd", "bwd_states", "bwd_combine", "bwd_bwd"]
 KERNELS: tuple[KernelName, ...] = get_args(KernelName)
 GATES = ("off", "tma", "tma+ws", "tma+ws, psiv precomputed", "tma+ws, psiv reused")
 STATES = (64, 128)

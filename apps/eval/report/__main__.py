@@ -1,23 +1,26 @@
-"""`fathom report RUN`: argument parsing only."""
+"""`fathom report RUN | compare | all | receipts | flags | crossover | kernels`: argument parsing only."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from apps.eval.report.pages_command import PAGES
 from libs.flags.errors import ExitStatus, UserError, run_entry
-from libs.flags.runs import find_run
+from libs.flags.fleet_cli import at_least_one
+from libs.flags.logcheck import no_collections
+from libs.flags.runs import RUNS, find_run
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of `fathom report RUN`."""
     parser = argparse.ArgumentParser(
         prog="fathom report",
-        description="Write one self-contained HTML file about a run; about several: fathom report compare RUN RUN ...",
+        description="Write one self-contained HTML file about a run.",
+        epilog=f"Other pages: fathom report {' | '.join((*_SEVERAL, *PAGES))}, each with --help.",
     )
     parser.add_argument("run", metavar="RUN", help="a run directory, its name under runs/, or runs/latest")
     parser.add_argument("--out", type=Path, help="the file to write (default: RUN/report.html)")
@@ -27,8 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report and print where it is."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["compare"]:
-        return _compare(words[1:])
+    if words and words[0] in _SEVERAL:
+        return _SEVERAL[words[0]](words[1:])
     if words and words[0] in PAGES:
         return _page(words[0], words[1:])
     args = build_parser().parse_args(words)
@@ -38,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     run_dir = find_run(args.run)
     out = _checked(run_dir / REPORT_NAME if args.out is None else args.out)
-    write_report(load_run(run_dir), out)
+    with no_collections():
+        write_report(load_run(run_dir), out)
     print(f"report: {out}")
     return ExitStatus.OK
 
@@ -64,15 +68,43 @@ def _compare(words: list[str]) -> int:
     return ExitStatus.OK
 
 
+def site_parser() -> argparse.ArgumentParser:
+    """The options of `fathom report all`."""
+    parser = argparse.ArgumentParser(
+        prog="fathom report all", description="Every page about a folder of runs, side by side, with links."
+    )
+    parser.add_argument("runs_dir", nargs="?", type=Path, default=RUNS, metavar="RUNS_DIR", help=f"({RUNS})")
+    parser.add_argument("--receipts", type=Path, metavar="DIR", help="of receipts: a page of them, and of crossovers")
+    parser.add_argument("--kernels", type=Path, metavar="FILE", help="what `fathom bench kernels --json` wrote")
+    parser.add_argument("--limit", type=at_least_one, default=20, metavar="N", help="pages for the last N runs (20)")
+    parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="where to (report)")
+    return parser
+
+
+def _site(words: list[str]) -> int:
+    args = site_parser().parse_args(words)
+    _need_jinja()
+    from apps.eval.report.site import Sources, write_site
+
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: give the name of a folder; this is a file")
+    written = write_site(Sources(args.runs_dir, args.receipts, args.kernels, args.limit), args.out)
+    print(f"report: {written[0]} and {len(written) - 1} pages beside it")
+    return ExitStatus.OK
+
+
 def _page(name: str, words: list[str]) -> int:
     args = PAGES[name].build_parser().parse_args(words)
     _need_jinja()
-    from apps.eval.report.build import write_page
+    from apps.eval.report.page import write_page
 
     out = _checked(args.out)
     write_page(PAGES[name].make(args), out)
     print(f"report: {out}")
     return ExitStatus.OK
+
+
+_SEVERAL: Mapping[str, Callable[[list[str]], int]] = {"compare": _compare, "all": _site}
 
 
 def _need_jinja() -> None:

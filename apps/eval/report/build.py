@@ -1,24 +1,20 @@
-"""From a view of a run to one HTML file: the numbers at the top, the tables, and the template around them.
+"""From a view of a run to one HTML file: the numbers at the top, the settings, and the template around them.
 
-Not for reading a run (load.py) nor for charts (figures.py).
+Not for reading a run (load.py), nor for charts (figures.py), nor for what all pages have (page.py).
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from apps.eval.report.figures import Figure, losses, position_figures, speed_figures, training_figures
 from apps.eval.report.load import RunView
+from apps.eval.report.page import ALONE, Links, human_bytes, human_seconds, render_page, write_page
 from apps.eval.report.questions import question_figures
-from apps.eval.results import AxisValue, EvalReport, LossByPosition
-from libs.flags.canonical import utc_now
-from libs.flags.errors import UserError
+from apps.eval.results import EvalReport, LossByPosition
 
 REPORT_NAME = "report.html"
 SHOWN_PACKAGES = ("fathom", "torch", "megatron-core", "numpy", "tokenizers", "tilelang", "safetensors", "structlog")
@@ -43,54 +39,14 @@ def write_report(view: RunView, path: Path) -> None:
     write_page(render(view), path)
 
 
-def write_page(page: str, path: Path) -> None:
-    """Write a page, whole or not at all.
-
-    Raises:
-        UserError: the place cannot be written.
-    """
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        aside.write_text(page, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"cannot write the report {path}: {error.strerror}") from error
-
-
-def render(view: RunView) -> str:
-    """The page as text. It refers to nothing outside itself."""
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            view=view,
-            tiles=tiles(view),
-            training_figures=training_figures(view),
-            speed_figures=speed_figures(view.steps),
-            evaluations=[(result, result_figures(result)) for result in view.results],
-            config_rows=list(flatten(view.config, view.origins)),
-            shown_packages=SHOWN_PACKAGES,
-            written=utc_now(),
-        )
-    )
-
-
-def environment() -> Environment:
-    """Where templates come from and what they may use; a name that is not given is an error."""
-    found = Environment(
-        loader=PackageLoader("apps.eval.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    found.filters |= {"bytes": human_bytes, "duration": human_seconds, "when": _when, "axes": describe_axes}
-    return found
-
-
-def describe_axes(axes: Mapping[str, AxisValue]) -> str:
-    """What a score is over, in words."""
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in axes.items()) or "all"
+def render(view: RunView, links: Links = ALONE) -> str:
+    """The page as text. It refers to nothing outside itself but to the pages of `links`."""
+    return render_page(
+        "report.html.j2", links=links, view=view, tiles=tiles(view), training_figures=training_figures(view),
+        speed_figures=speed_figures(view.steps),
+        evaluations=[(result, result_figures(result)) for result in view.results],
+        config_rows=list(flatten(view.config, view.origins)), shown_packages=SHOWN_PACKAGES,
+    )  # fmt: skip
 
 
 def result_figures(result: EvalReport) -> list[Figure]:
@@ -125,29 +81,6 @@ def tiles(view: RunView) -> list[Tile]:
     for name, size in {result.checkpoint.model: result.checkpoint.parameters for result in view.results}.items():
         found.append(Tile("parameters", f"{size:,}", name))
     return found
-
-
-def human_bytes(size: float) -> str:
-    """A size with a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
-def human_seconds(seconds: float) -> str:
-    """A duration in the two largest units that matter."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def _when(timestamp: str) -> str:
-    """RFC 3339 to the second, for reading."""
-    return f"{timestamp[:10]} {timestamp[11:19]} UTC"
 
 
 def flatten(config: Mapping[str, Any], origins: Mapping[str, str], prefix: str = "") -> Iterator[ConfigRow]:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 520, 290
-LEFT, RIGHT, TOP, BOTTOM = 76, 14, 12, 46
+LEFT, RIGHT, TOP, BOTTOM = 84, 14, 12, 46
 POINTS_DRAWN = 500  # more than pixels: thinner curves look the same and keep the file small
 
 
@@ -101,6 +101,11 @@ def thinned(series: Series) -> Series:
         kept |= {min(stretch, key=series.ys.__getitem__), max(stretch, key=series.ys.__getitem__)}
     order = sorted(kept)
     return series._replace(xs=[series.xs[i] for i in order], ys=[series.ys[i] for i in order])
+
+
+def drawn_stretch(count: int) -> int:
+    """How many of `count` points, about, are drawn as two; 1 where each is drawn (see `thinned`)."""
+    return 1 if count <= POINTS_DRAWN else round(count / (POINTS_DRAWN // 2 - 1))
 
 
 class Share(NamedTuple):

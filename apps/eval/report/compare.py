@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apps.eval.report.build import describe_axes, environment, flatten, write_page
+from apps.eval.report.build import flatten
 from apps.eval.report.charts import Axes, Series, line_chart, running_mean
 from apps.eval.report.figures import Figure, losses, points_with_bars
 from apps.eval.report.load import RunView, load_run
+from apps.eval.report.page import ALONE, Links, describe_axes, render_page, write_page
 from apps.eval.report.questions import COLOURS, pick
 from apps.eval.results import Estimate, EvalReport, LossByPosition
 from apps.eval.suites import SUITES
-from libs.flags.canonical import utc_now
 from libs.flags.errors import UserError
 
 COMPARE_NAME = "compare.html"
@@ -56,28 +56,22 @@ def write_comparison(views: Sequence[RunView], path: Path) -> None:
     write_page(render(views), path)
 
 
-def render(views: Sequence[RunView]) -> str:
-    """The page as text. It refers to nothing outside itself."""
-    return (
-        environment()
-        .get_template("compare.html.j2")
-        .render(
-            views=views,
-            names=names(views),
-            differences=differences(views),
-            figures=[figure for make in _FIGURES if (figure := make(views)) is not None],
-            rows=rows(views),
-            warnings=warnings(views),
-            written=utc_now(),
-        )
-    )
+def render(views: Sequence[RunView], links: Links = ALONE) -> str:
+    """The page as text. It refers to nothing outside itself but to the pages of `links`."""
+    return render_page(
+        "compare.html.j2", links=links, views=views, names=names(views), differences=differences(views),
+        figures=[figure for make in _FIGURES if (figure := make(views)) is not None], rows=rows(views),
+        warnings=warnings(views),
+    )  # fmt: skip
 
 
 def names(views: Sequence[RunView]) -> list[str]:
-    """A short name for each run: its recipe, or its id where recipes repeat or are not recorded."""
-    recipes = [view.recipe for view in views]
-    unique = len(set(recipes)) == len(recipes) and None not in recipes
-    return [str(view.recipe) if unique else view.run_id for view in views]
+    """A short name for each run: its recipe, its id where recipes repeat, its folder where ids do (a copy)."""
+    recipes = [view.recipe or "" for view in views]
+    for candidates in (recipes, [view.run_id for view in views]):
+        if len(set(candidates)) == len(candidates) and all(candidates):
+            return candidates
+    return [view.run_dir.name for view in views]
 
 
 def differences(views: Sequence[RunView]) -> list[Difference]:

@@ -16,7 +16,7 @@ from apps.eval.bench.crossover import CrossoverReceipt, Point
 from apps.eval.bench.crossover_job import MODELS, Model
 from apps.eval.report.charts import Axes, Level, Series, line_chart
 from apps.eval.report.figures import Figure
-from apps.eval.report.page import render_page
+from apps.eval.report.page import ALONE, Links, render_page
 from libs.flags.errors import UserError
 
 _COLOUR: Mapping[Model, int] = {"hybrid": 1, "twin": 2}
@@ -39,10 +39,10 @@ def read_crossover(path: Path) -> CrossoverReceipt:
         raise UserError(f"{file} is no receipt of `fathom bench crossover`: {what['loc']}: {what['msg']}") from error
 
 
-def crossover_page(receipt: CrossoverReceipt) -> str:
+def crossover_page(receipt: CrossoverReceipt, links: Links = ALONE) -> str:
     """The page as text."""
     return render_page(
-        "crossover.html.j2", receipt=receipt, figures=figures(receipt), rows=_rows(receipt),
+        "crossover.html.j2", links=links, receipt=receipt, figures=figures(receipt), rows=_rows(receipt),
         modelled_figures=modelled_figures(receipt),
     )  # fmt: skip
 

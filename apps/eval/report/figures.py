@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from apps.eval.report.charts import Axes, Level, Series, Share, line_chart, running_mean, share_bar
+from apps.eval.report.charts import Axes, Level, Series, Share, drawn_stretch, line_chart, running_mean, share_bar
 from apps.eval.report.load import Event, RunView
 from apps.eval.results import Bucket, Compression, Estimate, EvalReport, KeyTokens, LossByPosition
 
@@ -38,8 +38,7 @@ def training_figures(view: RunView) -> list[Figure]:
         return []
     steps = [event["step"] for event in view.steps]
     window = max(1, len(steps) // _SMOOTHING_SHARE)
-    smoothed = f"Thin: every step. Bold: mean over {window} steps." if window > 1 else "Every step."
-    figures = _bpb(view, window, smoothed)
+    figures = _bpb(view, window)
     losses = [("total", "loss", 1), ("next token", "main_loss", 3), ("further tokens (MTP)", "mtp_loss", 4)]
     series: list[Series] = []
     for label, field, colour in losses:
@@ -58,7 +57,7 @@ def training_figures(view: RunView) -> list[Figure]:
     return figures
 
 
-def _bpb(view: RunView, window: int, smoothed: str) -> list[Figure]:
+def _bpb(view: RunView, window: int) -> list[Figure]:
     drawn = [(event["step"], event["bpb"]) for event in view.steps if event["bpb"] is not None]
     series: list[Series] = []
     if drawn:
@@ -78,13 +77,21 @@ def _bpb(view: RunView, window: int, smoothed: str) -> list[Figure]:
         return []
     levels = [level for _, details in losses(view.results) for level in compressor_levels(details.compression)]
     axes = Axes("step", "bits per byte", "Bits per byte of training batches and held-out documents by step")
-    caption = smoothed + " Points: whole held-out documents."
+    caption = _said_of_lines(len(drawn), window) + " Points: whole held-out documents."
     if levels:
         caption += (
             " The final evaluation draws its own documents; dashed: compressors on the same bytes as it, "
             "document by document."
         )
     return [Figure("Bits per byte", caption, line_chart(axes, series, levels))]
+
+
+def _said_of_lines(steps: int, window: int) -> str:
+    if window == 1:
+        return "Every step."
+    stretch = drawn_stretch(steps)
+    thin = "every step" if stretch == 1 else f"the lowest and the highest of every {stretch} steps or so"
+    return f"Thin: {thin}. Bold: mean over {window} steps."
 
 
 def losses(results: Sequence[EvalReport]) -> list[tuple[EvalReport, LossByPosition]]:
@@ -120,13 +127,17 @@ def position_figures(details: LossByPosition) -> list[Figure]:
         )
         series = [points_with_bars("gain", [float(p.context) for p in points], [p.gain for p in points], 3)]
         caption = (
-            f"The same last {details.ablation.span_tokens} tokens of {len(details.ablation.documents)} documents, "
+            f"The same last {details.ablation.span_tokens} tokens of {_counted(details.ablation.documents)}, "
             f"scored with less context: how much worse than with {points[-1].context}. Bars: 95 % paired interval."
         )
         figures.append(Figure("What context is worth", caption, line_chart(axes, series)))
     if details.ablation.key_tokens is not None and details.ablation.key_tokens.points:
         figures.append(_key_tokens(details.ablation.key_tokens))
     return figures
+
+
+def _counted(documents: Sequence[object]) -> str:
+    return f"{len(documents)} document{'' if len(documents) == 1 else 's'}"
 
 
 def _key_tokens(keys: KeyTokens) -> Figure:

@@ -9,13 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from apps.eval.report.page import render_page
+from apps.eval.report.evidence import Proof, proofs
+from apps.eval.report.page import ALONE, Links, render_page
 from libs.flags.catalog import CATALOG
 from libs.flags.compare import show
-from libs.flags.errors import UserError
-from libs.flags.evidence import read_evidence
 from libs.flags.index import RunIndex
-from libs.flags.provenance import ROOT
 from libs.flags.registry import GateSpec
 from libs.flags.summary import RunSummary
 
@@ -30,8 +28,7 @@ class GateLine(NamedTuple):
     active: int
     refused: int
     off: int
-    evidence: list[str]
-    decision: str | None
+    evidence: list[Proof]
     needs: str
     owner: str
     expires: str
@@ -48,7 +45,7 @@ class OutcomeLine(NamedTuple):
     why: str
 
 
-def flags_page(folder: Path | None) -> str:
+def flags_page(folder: Path | None, links: Links = ALONE) -> str:
     """The page as text. folder: of runs; None shows the catalogue alone.
 
     Raises:
@@ -61,7 +58,7 @@ def flags_page(folder: Path | None) -> str:
         index.close()
     gates = [_gate(spec, runs) for spec in CATALOG.values()]
     outcomes = [line for run in runs for line in outcome_lines(run)]
-    return render_page("flags.html.j2", folder=folder, gates=gates, outcomes=outcomes, runs=runs)
+    return render_page("flags.html.j2", links=links, folder=folder, gates=gates, outcomes=outcomes, runs=runs)
 
 
 def _gate(spec: GateSpec, runs: Sequence[RunSummary]) -> GateLine:
@@ -70,17 +67,9 @@ def _gate(spec: GateSpec, runs: Sequence[RunSummary]) -> GateLine:
     needs += [f"{d.gate} {' or '.join(d.values)} ({d.value})" for d in spec.depends_on]
     return GateLine(
         spec.name, str(spec.stage), [(value, str(spec.stage_of(value))) for value in spec.values[1:]], spec.default,
-        active, refused, off, [_evidence(path, spec) for path in spec.evidence], spec.decision,
+        active, refused, off, proofs(spec),
         "; ".join(needs), spec.owner, spec.expiry or "never", spec.summary,
     )  # fmt: skip
-
-
-def _evidence(path: str, spec: GateSpec) -> str:
-    """What the receipt shows, or that it is not to be had here: a page must not fail for want of a file."""
-    try:
-        return str(read_evidence(ROOT / path, spec.name))
-    except UserError as error:
-        return f"{path}: {str(error).splitlines()[0]}"
 
 
 def outcome_lines(run: RunSummary) -> Iterator[OutcomeLine]:

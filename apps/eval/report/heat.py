@@ -13,7 +13,8 @@ from markupsafe import Markup
 
 from apps.eval.report.charts import WIDTH, Axes
 
-_LEFT, _TOP, _BOTTOM, _ROW = 76, 6, 46, 40
+_TOP, _BOTTOM, _ROW = 6, 46, 40
+_LEFT, _LETTER = 76, 8.5  # of the first column: at least; for each letter of the longest name
 _GAP = 2
 
 
@@ -32,11 +33,12 @@ def heat_map(
 
     The description of `axes` is followed by every cell's tip, so that the text says what the picture shows.
     """
-    width = (WIDTH - _LEFT) / len(columns)
+    left = max(_LEFT, 30 + _LETTER * max(map(len, rows), default=0))
+    width = (WIDTH - left) / len(columns)
     bottom = _TOP + _ROW * len(rows)
     parts: list[str] = []
     for (row, column), cell in sorted(cells.items()):
-        x, y = _LEFT + column * width, float(_TOP + row * _ROW)
+        x, y = left + column * width, float(_TOP + row * _ROW)
         shade = 0.08 + 0.62 * min(1.0, max(0.0, cell.value))
         parts.append(
             f'<g><title>{escape(cell.tip)}</title><rect class="share c{colour}" fill-opacity="{shade:.3f}" '
@@ -46,11 +48,11 @@ def heat_map(
         )
     for number, name in enumerate(rows):
         y = _TOP + (number + 0.5) * _ROW + 5
-        parts.append(f'<text class="tick" x="{_LEFT - 7}" y="{y:.1f}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<text class="tick" x="{left - 7:.1f}" y="{y:.1f}" text-anchor="end">{escape(name)}</text>')
     for number, name in enumerate(columns):
-        x = _LEFT + (number + 0.5) * width
+        x = left + (number + 0.5) * width
         parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{escape(name)}</text>')
-    middle = (_LEFT + WIDTH) / 2
+    middle = (left + WIDTH) / 2
     parts.append(
         f'<text class="name" x="{middle}" y="{bottom + 38}" text-anchor="middle">{escape(axes.x_label)}</text>'
     )

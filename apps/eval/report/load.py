@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from apps.eval.report.evidence import Proof, proofs
 from apps.eval.results import EvalReport, read_result
 from apps.eval.suites import SUITES
 from libs.flags.catalog import CATALOG
 from libs.flags.errors import UserError
-from libs.flags.logcheck import check_log
+from libs.flags.logcheck import LogReport, check_log
 from libs.flags.runlog import read_events
 from libs.flags.runs import verify_run
 from libs.model.checkpoint import MARKER
@@ -36,7 +37,10 @@ class Attempt(NamedTuple):
 
 
 class GateView(NamedTuple):
-    """One gate of the training run. outcome: off, active, refused, or "not resolved" beside a refusal."""
+    """One gate of the training run. outcome: off, active, refused, or "not resolved" beside a refusal.
+
+    stage: when the run began. evidence: of today's catalogue; empty for a gate that it no longer has.
+    """
 
     gate: str
     value: str
@@ -44,6 +48,7 @@ class GateView(NamedTuple):
     stage: str
     exposed: bool
     reason: str
+    evidence: list[Proof]
 
 
 class CheckpointView(NamedTuple):
@@ -98,11 +103,15 @@ def load_run(run_dir: Path) -> RunView:
     """Read a run.
 
     Raises:
-        UserError: not a run directory, or a log without a single event.
+        UserError: not a run directory, a line that is not JSON, or a log without a single event that is sound.
     """
     events = list(read_events(run_dir))
     if not events:
         raise UserError(f"the run log of {run_dir} holds no event yet: nothing to report")
+    checked = check_log(run_dir, known=events)
+    events, damaged = _sound(events, checked)
+    if not events:
+        raise UserError(f"no line of the run log of {run_dir} is sound: see `fathom log check {run_dir}`")
     attempts = _attempts(events)
     trained = {attempt.number for attempt in attempts if attempt.kind == "train"}
     own = [event for event in events if event["attempt"] in trained] or events
@@ -129,10 +138,20 @@ def load_run(run_dir: Path) -> RunView:
         backends=[event for event in latest if event["event"] == "backend.chosen"],
         checkpoints=_checkpoints(run_dir, own),
         incidents=[e for e in events if e["event"].startswith(("anomaly.", "signal.", "gate.changed"))],
-        verdicts=_verdicts(run_dir),
+        verdicts=_verdicts(run_dir, checked),
         results=results,
-        problems=problems,
+        problems=damaged + problems,
     )
+
+
+def _sound(events: list[Event], report: LogReport) -> tuple[list[Event], list[str]]:
+    """The events that are what their model says, and what is to be told of the others: a page can rely on the rest."""
+    broken = {finding.line: finding.message for finding in report.violations if finding.rule == "schema"}
+    if not broken:
+        return events, []
+    first = min(broken)
+    told = f"{len(broken)} damaged lines of the run log are left out, the first at line {first}: {broken[first]}"
+    return [event for line, event in enumerate(events, start=1) if line not in broken], [told]
 
 
 def _last(events: Iterable[Event], name: str) -> Event | None:
@@ -176,34 +195,32 @@ def _gates(latest: list[Event], resolved: Event | None, refusals: list[Event]) -
     if resolved is not None and not refusals:
         return [
             GateView(
-                row["gate"],
-                _word(row["value"]),
-                row["outcome"],
-                row["stage"],
-                row["gate"] in exposed,
-                row["reason"],
+                row["gate"], _word(row["value"]), row["outcome"], row["stage"], row["gate"] in exposed, row["reason"],
+                _evidence(row["gate"]),
             )
             for row in resolved["gates"]
-        ]
+        ]  # fmt: skip
     views = [
         GateView(
-            gate=event["gate"] or "(no such gate)",
-            value=event["value"],
-            outcome="refused",
-            stage=str(CATALOG[event["gate"]].stage) if event["gate"] in CATALOG else "",
-            exposed=False,
-            reason="; ".join([f"{event['variable']}={event['value']}", *event["failures"], *event["remedies"]]),
+            event["gate"] or "(no such gate)", event["value"], "refused",
+            str(CATALOG[event["gate"]].stage) if event["gate"] in CATALOG else "", False,
+            "; ".join([f"{event['variable']}={event['value']}", *event["failures"], *event["remedies"]]),
+            _evidence(event["gate"]),
         )
         for event in refusals
-    ]
+    ]  # fmt: skip
     named = {view.gate for view in views}
     why = "the run stopped before a set of gates existed" if refusals else "the run recorded no gates"
     views += [
-        GateView(name, "", "not resolved", str(spec.stage), False, why)
+        GateView(name, "", "not resolved", str(spec.stage), False, why, proofs(spec))
         for name, spec in CATALOG.items()
         if name not in named
     ]
     return views
+
+
+def _evidence(gate: str | None) -> list[Proof]:
+    return proofs(CATALOG[gate]) if gate is not None and gate in CATALOG else []
 
 
 def _word(value: bool | str) -> str:
@@ -217,15 +234,15 @@ def _checkpoints(run_dir: Path, events: list[Event]) -> list[CheckpointView]:
             continue
         name = Path(event["path"]).name
         if event["event"] == "checkpoint.abort":
-            state = f"aborted: {event['reason'] or 'no reason given'}"
+            state = f"aborted: {event.get('reason') or 'no reason given'}"
         else:
             there = (run_dir / "checkpoints" / name / MARKER).is_file()
             state = "committed" if there else "removed since"
-        views.append(CheckpointView(event["step"], name, state, event["sha256"], event["seconds"]))
+        views.append(CheckpointView(event["step"], name, state, event.get("sha256"), event.get("seconds")))
     return views
 
 
-def _verdicts(run_dir: Path) -> list[Verdict]:
+def _verdicts(run_dir: Path, report: LogReport) -> list[Verdict]:
     """The audit chain of each rank and the rules of the run log, as `fathom flags verify` and `log check` say."""
     verdicts: list[Verdict] = []
     try:
@@ -234,7 +251,6 @@ def _verdicts(run_dir: Path) -> list[Verdict]:
             verdicts.append(Verdict(f"audit chain, rank {rank}", good, f"{result.status}: {result.describe()}"))
     except UserError as error:
         verdicts.append(Verdict("audit chain", False, str(error)))
-    report = check_log(run_dir)
     broken = [f"line {finding.line}: {finding.rule}: {finding.message}" for finding in report.violations]
     text = "; ".join(broken[:8]) if broken else f"{report.events} events in {report.attempts} attempts keep every rule"
     verdicts.append(Verdict("run log", not broken, text))

@@ -1,4 +1,4 @@
-"""`fathom report receipts`, `flags` and `crossover`: options of the pages that are not about one run."""
+"""`fathom report receipts`, `flags`, `crossover` and `kernels`: options of the pages that are not about runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 RECEIPTS_NAME, FLAGS_NAME, CROSSOVER_NAME = "receipts.html", "flags.html", "crossover.html"
+KERNELS_NAME = "kernels.html"
 
 
 class Page(NamedTuple):
@@ -58,9 +59,25 @@ def _crossover(args: argparse.Namespace) -> str:
     return crossover_page(read_crossover(args.receipt))
 
 
+def _kernels_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fathom report kernels", description="Registers, spills, shared memory, occupancy by kernel and gates."
+    )
+    parser.add_argument("table", type=Path, help="what `fathom bench kernels --json` wrote")
+    parser.add_argument("--out", type=Path, default=Path(KERNELS_NAME), help=f"the file to write ({KERNELS_NAME})")
+    return parser
+
+
+def _kernels(args: argparse.Namespace) -> str:
+    from apps.eval.report.kernels_page import kernels_page, read_kernels
+
+    return kernels_page(read_kernels(args.table))
+
+
 # The first word of the command line -> the page it asks for.
 PAGES: Mapping[str, Page] = {
     "receipts": Page(_receipts_parser, _receipts),
     "flags": Page(_flags_parser, _flags),
     "crossover": Page(_crossover_parser, _crossover),
+    "kernels": Page(_kernels_parser, _kernels),
 }

@@ -42,33 +42,43 @@ def length_name(tokens: object) -> str:
 
 
 def _needle(details: QuestionScores) -> list[Figure]:
-    figures = [
-        _heat(details, metric, title, colour)
-        for metric, title, colour in (
-            ("exact_match", "Needles answered", 1),
-            ("choice", "Needles chosen among four", 3),
-        )
-    ]
-    return [*figures, _by_kind(details, "choice", "length", "Choice by kind of needle", "tokens of the context")]
+    answered = pick(details.cells, "exact_match", ("length", "depth"))
+    chosen = pick(details.cells, "choice", ("length", "depth"))
+    kinds = pick(details.totals, "choice", ("kind", "length"))
+    depth = "depth of the declaration"
+    maps = (
+        (answered, "depth", depth, "Needles answered", 1),
+        (chosen, "depth", depth, "Needles chosen among four", 3),
+        (kinds, "kind", "kind of needle", "Choice by kind of needle", 3),
+    )
+    return [_heat(details, *drawn) for drawn in maps if drawn[0]]
 
 
-def _heat(details: QuestionScores, metric: str, title: str, colour: int) -> Figure:
-    scores = pick(details.cells, metric, ("length", "depth"))
+def _heat(details: QuestionScores, scores: Sequence[Score], axis: str, y_label: str, title: str, colour: int) -> Figure:
+    """Scores of one metric over the length and one other axis."""
     lengths = sorted({score.axes["length"] for score in scores}, key=float)
-    depths = sorted({score.axes["depth"] for score in scores}, key=float)
+    rows = list(dict.fromkeys(score.axes[axis] for score in scores))
+    if axis == "depth":
+        rows.sort(key=float)
+    name = _depth_name if axis == "depth" else str
     cells = {
-        (depths.index(score.axes["depth"]), lengths.index(score.axes["length"])): Cell(
+        (rows.index(score.axes[axis]), lengths.index(score.axes["length"])): Cell(
             score.estimate.value,
             f"{score.estimate.value:.0%} of {score.n}",
-            f"{length_name(score.axes['length'])} tokens, depth {float(score.axes['depth']):.0%}: {_words(score)}",
+            f"{length_name(score.axes['length'])} tokens, {axis} {name(score.axes[axis])}: {_words(score)}",
         )
         for score in scores
     }
-    axes = Axes("tokens of the context", "depth of the declaration", f"{title} by length and depth")
-    chart = heat_map(axes, [f"{float(d):.0%}" for d in depths], [length_name(n) for n in lengths], cells, colour)
-    chance = scores[0].chance if scores else None
+    axes = Axes("tokens of the context", y_label, f"{title} by length and {axis}")
+    chart = heat_map(axes, [name(row) for row in rows], [length_name(n) for n in lengths], cells, colour)
+    chance = scores[0].chance
     guess = "" if not chance else f" Guessing gives {chance:.0%}."
-    return Figure(title, f"{_sentence(details, metric)} In a cell: of how many.{guess}{_window(details)}", chart)
+    caption = f"{_sentence(details, scores[0].metric)} In a cell: of how many.{guess}{_window(details)}"
+    return Figure(title, caption, chart)
+
+
+def _depth_name(depth: object) -> str:
+    return f"{float(str(depth)):.0%}"
 
 
 def _scope(details: QuestionScores) -> list[Figure]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from apps.eval.bench.receipt import FILE_NAME, Receipt
-from apps.eval.report.page import render_page
+from apps.eval.report.page import ALONE, Links, render_page
 from libs.flags.errors import UserError
 from libs.flags.evidence import RULE
 
@@ -49,11 +49,11 @@ def _common_part(content: dict[str, Any]) -> Receipt:
     return Receipt.model_validate({name: value for name, value in content.items() if name in Receipt.model_fields})
 
 
-def receipts_page(folder: Path) -> str:
+def receipts_page(folder: Path, links: Links = ALONE) -> str:
     """The page as text."""
     found, problems = load_receipts(folder)
     rows = [_Row(name, receipt) for name, receipt in found.items()]
-    return render_page("receipts.html.j2", folder=folder, receipts=rows, problems=problems, rule=RULE)
+    return render_page("receipts.html.j2", links=links, folder=folder, receipts=rows, problems=problems, rule=RULE)
 
 
 class _Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 GOOD = {
     "torch": "2.13.0+cpu", "megatron-core": "0.16.1", "pydantic": "2.11.7", "numpy": "2.2.0", "jinja2": "3.1.6",
     "tilelang": "0.1.15", "liger-kernel": "0.8.5", "transformer-engine": "2.11.0",
+    "starlette": "1.10.0", "uvicorn": "0.54.0",
 }  # fmt: skip
 LAPTOP = Machine(
     python="3.11.7", cpu="a CPU", cores=8, packages=GOOD, torch_error=None, cuda=None, gloo=True, gpus=(),
@@ -43,6 +45,8 @@ def _without(*names: str) -> dict[str, str]:
 def test_which_lanes_work() -> None:
     assert _works(LAPTOP) == ["CPU", "several CPU processes"]
     assert _works(H200) == ["CPU", "several CPU processes", "CUDA, Hopper"]
+    node = H200._replace(gpus=H200.gpus * 8)
+    assert _works(node) == ["CPU", "several CPU processes", "CUDA, Hopper", "CUDA, Hopper, 8 GPUs"]
     tpu = LAPTOP._replace(packages=GOOD | {"torch": TORCH_TPU, "torch-xla": XLA}, xla_error=None)
     assert _works(tpu) == ["several CPU processes", "TPU"]
 
@@ -65,6 +69,8 @@ def test_which_lanes_work() -> None:
         ({"packages": GOOD | {"tilelang": "0.1.14"}}, "CUDA, Hopper", "install 'tilelang==0.1.15'"),
         ({"nvcc": None}, "CUDA, Hopper", "no nvcc"),
         ({"compiler": None}, "CUDA, Hopper", "no C compiler"),
+        ({}, "CUDA, Hopper, 8 GPUs", "1 of 8 GPUs"),
+        ({"gpus": ()}, "CUDA, Hopper, 8 GPUs", "sees no GPU"),
         ({}, "TPU", "torch_xla is not installed"),
         ({"packages": GOOD | {"torch-xla": "2.9.0"}}, "TPU", "torch_xla 2.9.0 is built against the torch of its own"),
         ({"packages": GOOD | {"torch-xla": "2.9.0"}}, "CPU", "torch_xla 2.9.0 is built against"),
@@ -92,9 +98,24 @@ def test_what_only_limits_a_lane(changed: dict[str, object], said: str) -> None:
     assert said in "\n".join(lane.limits)
 
 
+def test_one_command_for_each_lane() -> None:
+    """What installs what is missing; where a device is missing, on which machine; and no path that is not there."""
+    commands = {name: lane.command for name, lane in _lanes(LAPTOP).items()}
+    assert commands["CPU"] == "fathom train --recipe cpu_demo"
+    assert commands["CUDA, Hopper"].startswith("on a machine with such GPUs: docker build")
+    assert _lanes(H200._replace(packages=_without("tilelang")))["CUDA, Hopper"].command.startswith("docker build")
+    assert _lanes(H200)["CUDA, Hopper, 8 GPUs"].command.startswith("on a machine with such GPUs: ")
+    everything = [lane.command for machine in (LAPTOP, H200, H200._replace(gpus=H200.gpus * 8))
+                  for lane in _lanes(machine).values()]  # fmt: skip
+    for path in re.findall(r"infra/[\w/.]+\w", " ".join(everything)):
+        assert (ROOT / path).is_file(), path
+    for recipe in re.findall(r"--recipe (\w+)", " ".join(everything)):
+        assert (ROOT / "apps" / "train" / "recipes" / f"{recipe}.toml").is_file(), recipe
+
+
 def test_limits_of_the_cpu() -> None:
-    lanes = _lanes(LAPTOP._replace(packages=_without("jinja2"), compiler=None, cores=1))
-    assert len(lanes["CPU"].limits) == 2
+    lanes = _lanes(LAPTOP._replace(packages=_without("jinja2", "uvicorn"), compiler=None, cores=1))
+    assert len(lanes["CPU"].limits) == 3
     assert "processes take turns" in lanes["several CPU processes"].limits[0]
 
 

@@ -36,21 +36,9 @@ from libs.flags.resolve import resolve
 from libs.flags.runlog import RunLog
 from libs.model import HybridLM, ModelConfig, preset
 from libs.model.checkpoint import checkpoint_name, commit, staging_directory
-from libs.model.text.document import DocumentMeta, Kind, Role, Section, assemble
-from libs.model.text.manifest import (
-    CallGraphStats,
-    Holdout,
-    Manifest,
-    Overlap,
-    SplitStats,
-    TokenizerInfo,
-    digest_file,
-    fingerprint_of,
-    write_manifest,
-)
 from libs.model.text.tokenizer import Tokenizer
 from libs.model.weights import save_model
-from libs.parallel.indexed_dataset import DocumentWriter
+from tests.support.data_dir import write_data_dir
 
 RUN_ID = "20260101T000000Z-cpu_tiny-abc123"
 CONFIG = {"data": {"dir": "", "window": 128}, "optim": {"lr": 0.001}, "train": {"steps": 40, "device": "cpu"}}
@@ -69,44 +57,13 @@ def cpp_text(seed: int, n_bytes: int) -> bytes:
 
 def build_data_dir(path: Path, sizes: dict[str, list[int]]) -> Path:
     """A data directory with the bytes tokenizer and documents of the given sizes, per split."""
-    path.mkdir(parents=True)
-    tokenizer = Tokenizer.bytes_tokenizer()
-    tokenizer.save(path / "tokenizer.json")
-    rows: list[str] = []
-    for split, split_sizes in sizes.items():
-        with DocumentWriter(path / split, tokenizer.vocab_size) as writer:
-            for index, size in enumerate(split_sizes):
-                name = f"{split}/{index}.cc"
-                text = cpp_text(hash((split == "valid", index)) % 1000 + index, size)
-                code = Section(Role.FILE, name, tokenizer.encode(name), tokenizer.encode(text))
-                ids, spans = assemble(tokenizer, [code])
-                writer.add(ids)
-                meta = DocumentMeta(
-                    split=split, index=index, kind=Kind.FILE, package="p", paths=(name,), licences=(),
-                    bytes=size + len(name), tokens=len(ids), sections=spans,
-                )  # fmt: skip
-                rows.append(meta.model_dump_json())
-    (path / "documents.jsonl").write_text("".join(row + "\n" for row in rows))
-    files = {p.name: digest_file(p) for p in sorted(path.iterdir())}
-    stats = {
-        split: SplitStats(files=len(s), source_bytes=sum(s), documents=len(s), tokens=sum(s), bytes=sum(s), kinds={})
-        for split, s in sizes.items()
-    }
-    graph = CallGraphStats(**dict.fromkeys(CallGraphStats.model_fields, 0))
-    write_manifest(
-        path,
-        Manifest(
-            format_version=1, build_key="k", fingerprint=fingerprint_of(files), source="test", options={},
-            versions={}, splits=stats, dropped={}, packages={}, syntax_errors=0, files=files,
-            tokenizer=TokenizerInfo(
-                spec="bytes", vocab_size=tokenizer.vocab_size, fingerprint=tokenizer.fingerprint
-            ),
-            holdout=Holdout(unit="file", names=(), share=0.1),
-            overlap=Overlap(n=1, one_in=1, valid_ngrams=0, shared=0, share=0.0, files_over_half=()),
-            callgraph=dict.fromkeys(sizes, graph),
-        ),
-    )  # fmt: skip
-    return path
+
+    def text(split: str, index: int, size: int) -> tuple[str, bytes]:
+        return f"{split}/{index}.cc", cpp_text(hash((split == "valid", index)) % 1000 + index, size)
+
+    return write_data_dir(
+        path, {split: [text(split, *of) for of in enumerate(of_split)] for split, of_split in sizes.items()}
+    )
 
 
 def tiny_config(vocab_size: int | None = None) -> ModelConfig:

@@ -83,7 +83,7 @@ def test_a_saved_config_comes_back_with_its_origins() -> None:
         (["--train.deterministic", "maybe"], ["'maybe'", "bool"]),
         (["--train.device_memory", "lots"], ["'lots'", "ByteSize or none"]),
         (["--model.preset", "cpu_tin"], ["cpu_tin", "cpu_tiny"]),
-        (["--schedule.warmup_steps", "600"], ["600", "train.steps = 500"]),
+        (["--schedule.warmup_steps", "600"], ["600", "train.steps = 500", "lower them, or give train.steps"]),
         (["--train.nonfinite", "skip"], ["nonfinite_budget"]),
         (["--optim.lr"], ["--optim.lr needs a value"]),
         (["--optim.lr", "1", "--optim.lr=2"], ["given twice"]),

@@ -128,8 +128,23 @@ def test_a_used_run_directory(train: Train, recipe: Path, paused: Path, capsys: 
 
 
 def test_resuming_what_is_no_run(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train("--resume", tmp_path / "nothing") == 2
-    assert "not a run" in capsys.readouterr().err
+    """The runs that are near are named; a run that was refused before it began is told from one that is not there."""
+    (tmp_path / "some-run" / "logs").mkdir(parents=True)
+    assert train("--resume", tmp_path / "some-ran") == 2
+    assert f"no run at {tmp_path / 'some-ran'}; did you mean {tmp_path / 'some-run'}?" in capsys.readouterr().err
+    assert train("--resume", tmp_path / "some-run") == 2
+    error = capsys.readouterr().err
+    assert "not a run of `fathom train`" in error
+    assert "start it anew, without --resume" in error
+
+
+def test_resuming_by_a_bare_name(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "some-run" / "logs").mkdir(parents=True)
+    assert train("--resume", "some-run") == 2
+    assert "is it --resume runs/some-run?" in capsys.readouterr().err
 
 
 def test_resume_refuses_other_settings_but_not_equal_ones(

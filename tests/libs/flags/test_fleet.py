@@ -103,6 +103,9 @@ def test_tables_hold_the_answers(folder: Path, capsys: pytest.CaptureFixture[str
     assert "FATHOM_PSIV_CACHE=gmem_pool" in capsys.readouterr().out
     assert run_entry(main_runs, ["show", str(folder / "changed")]) == 0
     assert "changed on resume, attempt 0: tma = fwd; the checkpoint had off" in capsys.readouterr().out
+    (folder / "latest").symlink_to("changed")
+    assert run_entry(main_runs, ["show", str(folder / "latest")]) == 0
+    assert capsys.readouterr().out.startswith("changed "), "the run's name, not the link's"
     assert run_entry(main_runs, ["show", str(folder / "refused")]) == 0
     assert "refused in attempt 0: FATHOM_TMAA=1" in capsys.readouterr().out
     assert run_entry(main_runs, ["show", str(folder / "tampered")]) == 2

@@ -15,7 +15,7 @@ from libs.flags.cli import main_log
 from libs.flags.errors import GateRefused, UserError, run_entry
 from libs.flags.logcheck import LogReport, check_log
 from libs.flags.registry import GateSpec
-from libs.flags.runlog import log_path
+from libs.flags.runlog import log_path, read_events
 
 Write = Callable[..., Path]
 Records = list[dict[str, Any]]
@@ -44,6 +44,18 @@ def test_a_good_run(tmp_path: Path, write_run: Write) -> None:
     assert report.violations == ()
     assert report.notes == ()
     assert (report.attempts, report.events) == (1, 12)
+
+
+def test_lines_that_are_known_already_are_judged_the_same(tmp_path: Path, write_run: Write) -> None:
+    """All of them, the first few, none; in a good log, a broken one, and one that ends in mid-line."""
+    run = write_run(tmp_path / "run")
+    for tail in (b"", b'{"schema":1,"event":"nonsense"}\n', b'{"schema":1,'):
+        with log_path(run).open("ab") as file:
+            file.write(tail)
+        events = list(read_events(run))
+        alone = check_log(run)
+        assert [check_log(run, known=events[:n]) for n in (len(events), 3, 0)] == [alone] * 3
+        assert bool(alone.violations) == bool(tail)
 
 
 def test_a_good_run_with_gates(tmp_path: Path, write_run: Write, working_catalog: Mapping[str, GateSpec]) -> None:
@@ -130,7 +142,7 @@ BROKEN: list[tuple[str, Callable[[Records], Records | None], str, str]] = [
     ("no start", _drop("run.start"), "run.start", "has 0 run.start"),
     ("two starts", _repeat("run.start"), "run.start", "has 2 run.start"),
     ("late start", _swap("run.start", "config.resolved"), "run.start", "begins with config.resolved"),
-    ("no stop", _drop("run.stop"), "run.stop", "the last event is not run.stop"),
+    ("no stop", _drop("run.stop"), "run.stop", "the last event is not run.stop: the run goes on, or it was killed"),
     ("two stops", _repeat("run.stop"), "run.stop", "events follow run.stop"),
     ("wrong exit code", _set("run.stop", exit_code=1), "run.stop", "completed does not go with exit code 1"),
     ("failed with 0", _set("run.stop", status="failed"), "run.stop", "failed does not go with exit code 0"),

@@ -11,7 +11,8 @@ from rich.console import Console
 from apps.eval.bench import kernels, kernels_command
 from apps.eval.bench.__main__ import main
 from apps.eval.bench.kernel_report import print_kernels
-from apps.eval.bench.kernels import SETTINGS, KernelTable, grid_rows, kernel_table
+from apps.eval.bench.kernel_table import KernelTable
+from apps.eval.bench.kernels import SETTINGS, grid_rows, kernel_table
 from libs.flags.errors import UserError
 from libs.kernels.mimo.sm90.dialect import CudaDialect
 from libs.kernels.mimo.sm90.gates import KernelGates

@@ -1,4 +1,4 @@
-"""The pages of receipts and of gates: complete, self-contained, honest about what cannot be read; and in a browser."""
+"""The pages of receipts, gates and kernels: complete, self-contained, honest about what is unreadable; in a browser."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from apps.eval.bench.receipt import Check, Code, Comparison, Hardware, Receipt, Sampled, write_receipt
+from apps.eval.bench.kernel_table import GridRow, KernelRow, KernelTable
+from apps.eval.bench.receipt import Aim, Check, Code, Comparison, Hardware, Receipt, Sampled, write_receipt
 from apps.eval.report.__main__ import main
 from apps.eval.report.receipts_page import load_receipts
 from libs.flags.audit import AuditLog
@@ -119,6 +120,59 @@ def test_flags(runs: Path, tmp_path: Path) -> None:
     assert "infra/decisions/0002-register-split-rejected.md" in alone
 
 
+def kernel_row(kernel: str, gates: str, registers: int, problems: Sequence[str] = ()) -> KernelRow:
+    return KernelRow.model_validate({
+        "kernel": kernel, "gates": gates, "mode": "plain" if gates == "off" else "tma",
+        "N": 64, "P": 64, "R": 4, "C": 16, "threads": 128, "registers": registers, "registers_needed": registers + 2,
+        "spill_bytes": 8 * len(problems), "spill_bytes_allowed": 0, "shared_bytes": 1024 * registers,
+        "blocks_per_multiprocessor": 2, "occupancy": 0.125, "tma_loads": 1, "bulk_copies": 2, "tma_stores": 1,
+        "async_copies": 0, "wgmma": 4, "mma": 0, "tma_ranks": [2], "problems": list(problems),
+    })  # fmt: skip
+
+
+@pytest.fixture
+def kernels(tmp_path: Path) -> Path:
+    """Three kernels, one with a problem; one launch; one aim that is not met."""
+    rows = [
+        kernel_row("fwd", "off", 168),
+        kernel_row("fwd", "tma", 96),
+        kernel_row("bwd_bwd", "off", 255, ["<spills>"]),
+    ]
+    launch = GridRow(
+        kernel="fwd", B=1, S=8192, H=16, split="auto", splits=8, grid=(8, 16, 1), blocks=128, busy_multiprocessors=128
+    )
+    aim = Aim(name="kernels with spills", measured=1, relation="<=", target=0, met=False)
+    table = KernelTable(versions={"nvcc": "13.0"}, multiprocessors=132, kernels=rows, grids=[launch], aims=[aim])
+    path = tmp_path / "kernels.json"
+    path.write_text(table.model_dump_json())
+    return path
+
+
+def test_kernels(kernels: Path, tmp_path: Path) -> None:
+    html = page(["kernels", str(kernels)], tmp_path / "kernels.html")
+    row = next(line for line in html.splitlines() if line.startswith("<tr><td><code>bwd_bwd</code>"))
+    for cell in ("255", "257", "255.0 KiB", "12.5 %", "&lt;spills&gt;", "chip bad"):
+        assert cell in row
+    assert "bwd_bwd (off, N=64): &lt;spills&gt;" in html
+    assert "8 x 16 x 1" in html
+    assert "not run" in html
+    assert "nvcc 13.0" in html
+
+
+@pytest.mark.parametrize(("content", "said"), [(None, "No such file"), ("[]", "is no table"), ("{", "is no table")])
+def test_no_table_of_kernels(
+    content: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "kernels.json"
+    if content is not None:
+        path.write_text(content)
+    assert run_entry(main, ["kernels", str(path), "--out", str(tmp_path / "k.html")]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "fathom bench kernels --json > FILE" in error
+    assert not (tmp_path / "k.html").exists()
+
+
 _FIRST = "[...document.querySelector('table').tBodies[0].rows].filter(r => !r.hidden).map(r => r.cells[{}].textContent)"
 
 
@@ -153,6 +207,27 @@ def test_in_a_browser(name: str, width: int, dark: bool, receipts: Path, runs: P
         browser.js(f"{facet}.selectedIndex = 1; {facet}.dispatchEvent(new Event('change'))")
         assert 0 < len(browser.js(_FIRST.format(0))) < len(names)
         browser.screenshot(tmp_path / f"{name}-{width}.png")
+        assert browser.errors == []
+
+
+_SHOWN = "[...document.querySelector('#kernels table').tBodies[0].rows].filter(r => !r.hidden)"
+_COLUMN = _SHOWN + ".map(r => r.cells[{}].innerText)"
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, True), (390, False)])
+def test_kernels_in_a_browser(width: int, dark: bool, kernels: Path, tmp_path: Path) -> None:
+    """Sizes sort by their bytes and not by their text; a kernel and a gate setting can be chosen."""
+    out = tmp_path / "kernels.html"
+    page(["kernels", str(kernels)], out)
+    with Browser(tmp_path / "profile") as browser:
+        browser.look(width=width, dark=dark, phone=width < 600)
+        browser.open(out.as_uri())
+        assert browser.js("document.documentElement.scrollWidth <= innerWidth")
+        browser.js("document.querySelectorAll('#kernels th button')[6].click()")
+        assert browser.js(_COLUMN.format(6)) == ["96.0 KiB", "168.0 KiB", "255.0 KiB"]
+        facet = "document.querySelector('#kernels select')"
+        browser.js(f"{facet}.value = 'fwd'; {facet}.dispatchEvent(new Event('change'))")
+        assert browser.js(_COLUMN.format(1)) == ["tma", "off"]
         assert browser.errors == []
 
 

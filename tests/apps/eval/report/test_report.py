@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -11,13 +13,16 @@ import pytest
 
 from apps.eval.__main__ import main as eval_main
 from apps.eval.report.__main__ import main
-from apps.eval.report.compare import warnings
+from apps.eval.report.build import render
+from apps.eval.report.compare import names, warnings
 from apps.eval.report.load import load_run
 from apps.eval.results import Estimate, EvalReport, PrefixUse, QuestionScores, Score, read_result, write_result
 from libs.flags.audit_record import audit_path
+from libs.flags.catalog import CATALOG
 from libs.flags.errors import run_entry
 from libs.flags.events import AnomalyNonfinite, CheckpointRestore, RunStart, SignalReceived
 from libs.flags.facts import Facts
+from libs.flags.logcheck import check_log
 from libs.flags.resolve import resolve
 from libs.flags.runlog import RunLog, log_path
 from tests.apps.eval.small_run import RUN_ID, make_refused_run, make_run, open_records, train_step
@@ -67,13 +72,17 @@ def report(run_dir: Path) -> tuple[Page, str]:
 
 
 def check_offline(page: Page, html: str) -> None:
-    """Nothing that a browser would fetch or run."""
-    assert "script" not in page.tags
+    """Nothing that a browser would fetch, and nothing that it would run but the one script of the page's policy."""
+    assert page.tags.count("script") == 1
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in html
+    html = html.replace(script, "")
     assert not {"img", "link", "iframe", "object", "embed", "video", "audio", "base"} & set(page.tags)
     assert all(reference.startswith("#") for reference in page.references)
     assert {reference[1:] for reference in page.references} <= page.ids
     assert not re.search(r"https?:|//[a-z]|url\(|@import", html)
-    assert "default-src 'none'" in html
+    assert "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-" in html
 
 
 def test_a_finished_run_with_an_evaluation(run_dir: Path) -> None:
@@ -179,7 +188,7 @@ def test_suites_that_ask_questions(run_dir: Path) -> None:
             assert f"{length} tokens, depth {depth}: exact_match" in spoken
     assert "0.546 (0.496 to 0.596), n = 20" in spoken  # 16384 tokens, depth 0
     shades = [float(x) for x in re.findall(r'fill-opacity="([\d.]+)"', html)]
-    assert len(shades) == 12
+    assert len(shades) == 13  # two maps of 2 x 3, and one kind at one length
     assert sorted(shades)[0] < sorted(shades)[-1]
 
 
@@ -227,6 +236,17 @@ def test_results_of_other_questions_are_said_to_be_so(tmp_path: Path, data_dir: 
     assert "loss_by_position: what was scored differ" in found[0]
 
 
+def test_runs_are_named_by_what_tells_them_apart(tmp_path: Path, data_dir: Path) -> None:
+    """Equal recipes: by id; a copied run has the id too: by folder."""
+    for name in ("one", "copy"):
+        (tmp_path / name).mkdir()
+        make_run(tmp_path / name, data_dir, steps=2)
+    one, copy = load_run(tmp_path / "one"), load_run(tmp_path / "copy")
+    assert names([one, copy]) == ["one", "copy"]
+    assert names([one, copy._replace(run_id="other")]) == [RUN_ID, "other"]
+    assert names([one, copy._replace(recipe="cpu_demo")]) == ["cpu_tiny", "cpu_demo"]
+
+
 def test_a_comparison_needs_two_different_runs(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,9 +262,12 @@ def test_every_gate_shows_its_outcome_and_stage(run_dir: Path) -> None:
     assert [(g.gate, g.outcome, g.stage) for g in view.gates] == [
         (r.gate, str(r.outcome), str(r.stage)) for r in gates.resolutions
     ]
-    page, _ = report(run_dir)
+    page, html = report(run_dir)
     for resolution in gates.resolutions:
         assert resolution.gate in page.text
+    rows = {name: next(line for line in html.splitlines() if f"<code>{name}</code>" in line) for name in CATALOG}
+    assert "<td>infra/decisions/0002-register-split-rejected.md</td>" in rows["register_split"]
+    assert "<td>none</td>" in rows["psiv_cache"], "nothing has been shown of it"
 
 
 def test_a_run_without_an_evaluation_says_so(run_dir: Path) -> None:
@@ -279,6 +302,26 @@ def test_a_tampered_chain_is_shown(run_dir: Path) -> None:
     assert {verdict.what for verdict in bad} == {"audit chain, rank 0", "run log"}
 
 
+@pytest.mark.parametrize("event", ["run.start", "config.resolved", "train.step", "checkpoint.commit", "run.stop"])
+@pytest.mark.parametrize("change", ["drop", "text"])
+def test_a_damaged_line_is_left_out_and_said(run_dir: Path, event: str, change: str) -> None:
+    """Each field of an event gone, or text in its place: never a traceback, and no word of it hidden."""
+    lines = log_path(run_dir).read_text().splitlines()
+    at, record = next((i, r) for i, line in enumerate(lines) if (r := json.loads(line))["event"] == event)
+    for field in record:
+        changed = {name: value for name, value in record.items() if name != field}
+        if change == "text":
+            changed[field] = "<q>"
+        log_path(run_dir).write_text("\n".join([*lines[:at], json.dumps(changed), *lines[at + 1 :]]) + "\n")
+        if check_log(run_dir).violations == ():  # a text where any text may stand
+            continue
+        view = load_run(run_dir)
+        assert any(verdict.good is False for verdict in view.verdicts), field
+        if view.problems:
+            assert f"the first at line {at + 1}: " in view.problems[0], field
+        assert "<q>" not in render(view)
+
+
 def test_a_crashed_and_resumed_run_counts_each_step_once(run_dir: Path, data_dir: Path) -> None:
     lines = log_path(run_dir).read_bytes().splitlines(keepends=True)
     log_path(run_dir).write_bytes(b"".join(lines[:-1]))  # no run.stop: a crash after step 40
@@ -311,10 +354,9 @@ def test_text_of_the_run_is_escaped(tmp_path: Path, data_dir: Path) -> None:
     log.emit(RunStart(command=[hostile], recipe=hostile, config_hash="c", gates_hash=None, world_size=1))
     log.close()
     page, html = report(run_dir)
-    assert "script" not in page.tags
+    check_offline(page, html.replace("http://x", ""))
     assert "img" not in page.tags
     assert page.references
-    assert all(reference.startswith("#") for reference in page.references)
     assert "&lt;script&gt;" in html
 
 
@@ -323,6 +365,7 @@ def test_a_damaged_result_is_reported_not_hidden(run_dir: Path) -> None:
     (run_dir / "eval" / "loss_by_position.json").write_text("{}")
     page, _ = report(run_dir)
     assert "is not an evaluation result of this version" in page.text
+    assert "make it again: fathom eval --checkpoint RUN --suite loss_by_position" in page.text
 
 
 def test_refusals_of_the_command(tmp_path: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from apps.eval.report.__main__ import main
-from apps.eval.report.charts import POINTS_DRAWN, Axes, Series, line_chart, running_mean, thinned
+from apps.eval.report.charts import POINTS_DRAWN, Axes, Series, drawn_stretch, line_chart, running_mean, thinned
 from apps.eval.report.load import load_run
 from libs.flags.errors import run_entry
 from libs.flags.runlog import log_path
@@ -92,6 +92,14 @@ def test_thinning_keeps_every_spike() -> None:
     assert (kept.xs[0], kept.xs[-1]) == (1, STEPS)
     assert kept.xs[kept.ys.index(max(kept.ys))] == SPIKE
     assert len(line_chart(Axes("step", "loss", "loss"), [curve])) < 30_000
+
+
+def test_the_caption_says_what_is_drawn() -> None:
+    """Two points of each stretch, and as many stretches as the words say."""
+    for count in (POINTS_DRAWN, POINTS_DRAWN + 1, 880, STEPS):
+        curve = thinned(Series("loss", range(count), [float(i % 7) for i in range(count)], 1))
+        assert len(curve.xs) == pytest.approx(min(count, 2 * count / drawn_stretch(count)), rel=0.3)
+        assert (drawn_stretch(count) == 1) == (len(curve.xs) == count)
 
 
 def test_short_curves_and_marked_points_stay_whole() -> None:

@@ -164,10 +164,6 @@ class ModelConfig(_Frozen):
         except ValidationError as error:
             raise UserError(_explain(error)) from error
 
-    def with_vocab(self, vocab_size: int) -> ModelConfig:
-        """The same model for another tokenizer. Raises UserError like `parse`."""
-        return self.parse({**self.model_dump(), "vocab_size": vocab_size})
-
     def identity(self) -> dict[str, Any]:
         """{dotted field: value} of what a checkpoint must agree on (tiling and training fields left out)."""
         flat: dict[str, Any] = {}

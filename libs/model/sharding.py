@@ -41,14 +41,6 @@ class ShardRule(NamedTuple):
         parts = torch.split(full, [segment.width for segment in self.segments], self.dim)
         return torch.cat([part.chunk(size, self.dim)[rank] for part in parts], self.dim)
 
-    def join(self, shards: Sequence[Tensor]) -> Tensor:
-        """The full parameter from the shards of every rank, in rank order."""
-        if self.dim is None or len(shards) == 1:
-            return shards[0]
-        widths = [segment.width // len(shards) for segment in self.segments]
-        by_rank = [torch.split(shard, widths, self.dim) for shard in shards]
-        return torch.cat([part for of_segment in zip(*by_rank, strict=True) for part in of_segment], self.dim)
-
     def full_shape(self, shard: torch.Size, size: int) -> torch.Size:
         """Shape of the full parameter of which `shard` is one of `size`."""
         if self.dim is None:
@@ -209,23 +201,6 @@ def local_config(config: ModelConfig, size: int) -> ModelConfig:
     return config.model_copy(update=parts)
 
 
-def shard_state_dict(full: Mapping[str, Tensor], config: ModelConfig, rank: int, size: int) -> dict[str, Tensor]:
-    """One rank's parameters (or gradients, or optimizer moments) from the full ones.
-
-    Raises:
-        UserError: `size` cannot shard this model.
-    """
-    check_tensor_parallel(config, size)
-    rules = shard_rules(config)
-    return {name: rules[name].cut(tensor, rank, size) for name, tensor in full.items()}
-
-
-def merge_state_dicts(shards: Sequence[Mapping[str, Tensor]], config: ModelConfig) -> dict[str, Tensor]:
-    """The full parameters from every rank's, in rank order. A replicated one is taken from rank 0."""
-    rules = shard_rules(config)
-    return {name: rules[name].join([shard[name] for shard in shards]) for name in shards[0]}
-
-
 class CheckpointTensor(NamedTuple):
     """One rank's part of one checkpoint entry: `tensor` is rows `start`.. along `dim` of `full_shape`.
 
@@ -254,23 +229,3 @@ def to_checkpoint(
             full_shape = ShardRule(rule.dim).full_shape(part.shape, size)
             entries[key] = CheckpointTensor(part, rule.dim, rank * part.shape[rule.dim], full_shape)
     return entries
-
-
-def from_checkpoint(entries: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Parameters from tensors under checkpoint keys, all local or all full: the inverse of `to_checkpoint`.
-
-    Raises:
-        UserError: an entry is missing or belongs to no parameter, naming it.
-    """
-    state: dict[str, Tensor] = {}
-    used: set[str] = set()
-    for name, rule in shard_rules(config).items():
-        keys = [f"{name}.{segment.key}" if segment.key else name for segment in rule.segments] or [name]
-        if missing := [key for key in keys if key not in entries]:
-            raise UserError(f"checkpoint has no tensor {missing[0]!r}, which model {config.name!r} needs")
-        used.update(keys)
-        parts = [entries[key] for key in keys]
-        state[name] = parts[0] if rule.dim is None else torch.cat(parts, rule.dim)
-    if odd := sorted(entries.keys() - used):
-        raise UserError(f"checkpoint tensor {odd[0]!r} belongs to no parameter of model {config.name!r}")
-    return state

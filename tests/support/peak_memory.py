@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from apps.eval.bench.memory import allocated_peak, status_bytes
 from apps.train import loop
 from apps.train.__main__ import main
 from apps.train.loop import Run
@@ -29,13 +28,10 @@ from libs.flags.errors import run_entry
 PROFILED_STEP = 2
 
 
-def status_bytes(field: str) -> int:
-    """A size of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise AssertionError(f"no {field} in /proc/self/status")
+def resident_bytes(field: str) -> int:
+    found = status_bytes(field)
+    assert found is not None, f"no {field} in /proc/self/status"
+    return found
 
 
 def parameter_bytes(run: Run) -> int:
@@ -45,20 +41,6 @@ def parameter_bytes(run: Run) -> int:
 def state_bytes(run: Run) -> int:
     state = [u for of in run.optimizer.state.values() for u in of.values()]
     return sum(u.nbytes for u in state if isinstance(u, torch.Tensor))
-
-
-def profiled(step: Callable[[], None]) -> int:
-    """The highest sum of the allocator's events, from nothing."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    assert recorded.profiler is not None
-    assert recorded.profiler.kineto_results is not None
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: int(e.start_ns())):
-        held += int(event.nbytes())
-        peak = max(peak, held)
-    return peak
 
 
 class Meter:
@@ -71,16 +53,16 @@ class Meter:
         if self.kind == "tensors" and run.progress.step == PROFILED_STEP - 1:
             run.optimizer.zero_grad(set_to_none=True)
             held = parameter_bytes(run) + state_bytes(run)
-            self.found = held + profiled(lambda: self._step(run))
+            self.found = held + allocated_peak(lambda: self._step(run))
             return
         if run.progress.step == 0:
-            self._before = status_bytes("VmRSS") - parameter_bytes(run)
+            self._before = resident_bytes("VmRSS") - parameter_bytes(run)
             Path("/proc/self/clear_refs").write_text(
                 "5", encoding="ascii"
             )  # the high-water mark starts again from here
         self._step(run)
         if self.kind == "resident":
-            self.found = status_bytes("VmHWM") - self._before
+            self.found = resident_bytes("VmHWM") - self._before
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ from apps.train.optim import build_optimizer, optimizer_tensors
 from apps.train.writer import CheckpointWriter
 from libs.flags.errors import UserError
 from libs.model import HybridLM, no_decay
-from libs.model.sharding import shard_state_dict
 from libs.parallel.mesh import Groups, Layout, Parallel, open_groups
 from libs.parallel.together import everyones, first_does, run_together
 from tests.support.ranks import TIMEOUT
+from tests.support.sharding import shard_state_dict
 from tests.support.tensor_parallel import config, gradients, rough_model
 
 CONFIG = config("M-*-/*-", tie_embeddings=False)

@@ -13,10 +13,10 @@ from apps.train.snapshot import OPTIMIZER, STATE, TOKENIZER
 from libs.model import HybridLM
 from libs.model.checkpoint import commit, staging_directory
 from libs.model.shard_files import LAYOUT_FILE, SavedLayout, shard_name, write_shard
-from libs.model.sharding import shard_state_dict
 from libs.model.text.tokenizer import Tokenizer
 from libs.model.weights import WEIGHTS_FILE, save_model, write_config
 from tests.support.saved_layouts import state_of
+from tests.support.sharding import shard_state_dict
 from tests.support.tensor_parallel import config, rough_model
 
 VOCAB = Tokenizer.bytes_tokenizer().vocab_size + Tokenizer.bytes_tokenizer().vocab_size % 2

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from libs.kernels.loss import linear_cross_entropy
 from libs.model import HybridLM, ModelConfig, cast_model, preset
-from libs.model.sharding import merge_state_dicts, shard_rules, shard_state_dict
+from libs.model.sharding import shard_rules
 from libs.parallel.mesh import Group, Groups, Layout, Parallel, open_groups
 from libs.parallel.tensor import total_gradient_norm
 from tests.support.ranks import TIMEOUT
+from tests.support.sharding import merge_state_dicts, shard_state_dict
 
 SEQ_LEN = 33  # no multiple of any tp: sequence parallelism has to pad
 BOUNDS = torch.tensor([0, 12, SEQ_LEN])

@@ -8,6 +8,7 @@ rank scans the whole row for its heads, and the outputs are traded back. It is h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,41 +55,32 @@ class CountingGroup(Group):
         return out
 
 
-class _TokensForHeads(torch.autograd.Function):
-    """(B,s,H,x) of my tokens -> (B,S,h,x) of my heads."""
+_Exchange = Callable[[Tensor, CountingGroup], Tensor]
+
+
+class _Traded(torch.autograd.Function):
+    """`there` and `back` undo each other and only move numbers: the gradient of either is the other."""
 
     @staticmethod
-    def forward(ctx: Any, u_BsHx: Tensor, group: CountingGroup) -> Tensor:
-        ctx.group = group
-        return _to_heads(u_BsHx, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _to_tokens(grad, ctx.group), None
-
-
-class _HeadsForTokens(torch.autograd.Function):
-    """(B,S,h,x) of my heads -> (B,s,H,x) of my tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, u_BShx: Tensor, group: CountingGroup) -> Tensor:
-        ctx.group = group
-        return _to_tokens(u_BShx, group)
+    def forward(ctx: Any, u: Tensor, group: CountingGroup, there: _Exchange, back: _Exchange) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(u, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _to_heads(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grad, ctx.group), None, None, None
 
 
 def _to_heads(u_BsHx: Tensor, group: CountingGroup) -> Tensor:
+    """(B,s,H,x) of my tokens -> (B,S,h,x) of my heads."""
     B, s, H, x = u_BsHx.shape
     rows = group.all_to_all(u_BsHx.reshape(B, s, group.size, H // group.size, x).movedim(2, 0))
     return rows.movedim(0, 1).flatten(1, 2)
 
 
 def _to_tokens(u_BShx: Tensor, group: CountingGroup) -> Tensor:
+    """(B,S,h,x) of my heads -> (B,s,H,x) of my tokens."""
     B, S, h, x = u_BShx.shape
     rows = group.all_to_all(u_BShx.reshape(B, group.size, S // group.size, h, x).movedim(1, 0))
     return rows.movedim(0, 2).flatten(2, 3)
@@ -121,7 +113,7 @@ def exchange_in(mine: Operands, shape: Shape, shard: ContextShard) -> Operands:
     by_head = [mine.v_BSHP, mine.z_BSHP]
     by_head += [u.transpose(1, 2).unsqueeze(-1) for u in (mine.adt_BHS, mine.dt_BHS, mine.trap_BHS)]
     widths = [u.shape[-1] for u in by_head]
-    traded: Tensor = _TokensForHeads.apply(torch.cat(by_head, dim=-1), group)  # type: ignore[no-untyped-call]
+    traded: Tensor = _Traded.apply(torch.cat(by_head, dim=-1), group, _to_heads, _to_tokens)  # type: ignore[no-untyped-call]
     v, z, adt, dt, trap = torch.split(traded, widths, dim=-1)
     shared = [mine.q_BSRGN.flatten(2), mine.k_BSRGN.flatten(2), mine.angles_BSHA[:, :, 0]]
     q, k, angles = torch.split(gather_row(torch.cat(shared, dim=-1), shard), [u.shape[-1] for u in shared], dim=-1)
@@ -137,7 +129,7 @@ def exchange_in(mine: Operands, shape: Shape, shard: ContextShard) -> Operands:
 
 def exchange_out(y_BShP: Tensor, group: Group) -> Tensor:
     """Outputs of this rank's heads -> of its tokens."""
-    out: Tensor = _HeadsForTokens.apply(y_BShP, group)  # type: ignore[no-untyped-call]
+    out: Tensor = _Traded.apply(y_BShP, group, _to_tokens, _to_heads)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -76,7 +76,11 @@ def _quiet() -> None:
 
 def _allocator_peak(kind: Kind, shape: Shape, chunk_size: int, threads: int) -> int:
     torch.set_num_threads(threads)
-    run = training_runner(kind, shape, seed=0, chunk_size=chunk_size)
+    return allocated_peak(training_runner(kind, shape, seed=0, chunk_size=chunk_size))
+
+
+def allocated_peak(run: Callable[[], object]) -> int:
+    """The highest sum of the events of torch's CPU allocator while `run` runs, from nothing."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     assert recorded.profiler is not None

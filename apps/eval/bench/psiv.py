@@ -131,7 +131,7 @@ def run_psiv(plan: PsivPlan, *, command: Sequence[str], machine: str | None) -> 
         result="measured" if able else "no_backend_here_has_the_stage",
         product_bytes=product_bytes,
         left_out=[],
-        notes=_notes(plan, lane, able),
+        notes=_notes(lane, able),
         comparison=comparison,
         decision=_decision(saved, ceiling, lane) if comparison is None else comparison.decision(),
         **where.fields({**plan._asdict(), "shape": plan.shape.describe()}, command),
@@ -236,7 +236,7 @@ def _share(ratio: Ratio) -> str:
     return f"{ratio.value:.2%}{bounds}"
 
 
-def _notes(plan: PsivPlan, lane: Arm, able: bool) -> list[str]:
+def _notes(lane: Arm, able: bool) -> list[str]:
     notes = [
         "without a cache the Hopper kernels make the product in the forward and twice in the backward; a stage can "
         f"save {SAVED} of the three",

@@ -305,8 +305,3 @@ def write_receipt(receipt: Receipt, parent: Path) -> Path:
     path = directory / FILE_NAME
     path.write_text(receipt.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return path
-
-
-def read_receipt(path: Path) -> Receipt:
-    """Read and validate. pydantic.ValidationError when the file does not keep the schema."""
-    return Receipt.model_validate_json(path.read_text(encoding="utf-8"))

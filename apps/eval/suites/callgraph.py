@@ -5,15 +5,23 @@ The next line is generated greedily and compared with the one that stands there.
 
 from __future__ import annotations
 
-from apps.eval.results import Excluded
-from apps.eval.suites.callgraph_items import CONTEXTS, Item, answer_tokens, items
-from apps.eval.suites.generation import CHANCES, MEANING, controls, judge, line_stops, reference_bpb
-from apps.eval.suites.haystack import NO_IDS
+from functools import partial
+
+from apps.eval.suites.callgraph_items import CONTEXTS, Item, items
+from apps.eval.suites.generation import (
+    CHANCES,
+    MEANING,
+    controls,
+    judge,
+    line_stops,
+    question,
+    reference_bpb,
+    sort_out,
+)
 from apps.eval.suites.output import Judged, Made, question_output
-from apps.eval.suites.questions import Question, Reply, ask_all
+from apps.eval.suites.questions import Reply, ask_all
 from apps.eval.suites.scoring import Row, tabulate
 from apps.eval.suites.suite import OnProgress, Suite, SuiteInput, SuiteOptions, SuiteOutput
-from libs.flags.errors import UserError
 
 ITEMS = 24
 MOST_TOKENS = 16_384
@@ -27,16 +35,18 @@ def run(inputs: SuiteInput, options: SuiteOptions, on_progress: OnProgress) -> S
     """
     most = min(options.max_tokens, options.contexts[-1] if options.contexts else MOST_TOKENS)
     made = list(items(inputs, most, options.items or ITEMS, options.seed))
-    excluded = [Excluded(item=i.item, document=i.document, tokens=0, reason=i.reason) for i in made if i.reason]
-    usable = [item for item in made if item.reason is None]
-    if not usable:
-        why = excluded[0].reason if excluded else "no context graph of the split calls across files"
-        raise UserError(f"nothing to ask: {why}; build the data with --mix callgraph=0.75,... or give longer --context")
-    stops = line_stops(inputs.tokenizer)
-    asked = [_question(inputs, item, context, stops) for item in usable for context in CONTEXTS]
-    replies = ask_all(
-        inputs.engines, asked, seed=options.seed, on_progress=lambda done, total: on_progress("next lines", done, total)
+    usable, excluded = sort_out(
+        made,
+        "no context graph of the split calls across files",
+        "build the data with --mix callgraph=0.75,... or give longer --context",
     )
+    stops = line_stops(inputs.tokenizer)
+    asked = [
+        question(inputs.tokenizer, f"{item.item}/{context}", item.prompts[context], item.line, stops)
+        for item in usable
+        for context in CONTEXTS
+    ]
+    replies = ask_all(inputs.engines, asked, seed=options.seed, on_progress=partial(on_progress, "next lines"))
     rows: list[Row] = []
     pairs: dict[str, tuple[bytes, bytes]] = {}
     for item in usable:
@@ -49,17 +59,6 @@ def run(inputs: SuiteInput, options: SuiteOptions, on_progress: OnProgress) -> S
     totals = tabulate(rows, ("context",), CHANCES, seed=options.seed)
     made_of = Made(asked, replies.use, excluded, len(made) * len(CONTEXTS))
     return question_output("callgraph", inputs, MEANING, Judged(rows, control, totals, totals, controlled), made_of)
-
-
-def _question(inputs: SuiteInput, item: Item, context: str, stops: tuple[int, ...]) -> Question:
-    return Question(
-        item=f"{item.item}/{context}",
-        shared=NO_IDS,
-        prompt=item.prompts[context],
-        choices=(inputs.tokenizer.encode(item.line),),
-        new_tokens=answer_tokens(inputs, item.line),
-        stop_ids=stops,
-    )
 
 
 def _judge(item: Item, context: str, spoken: bytes, reply: Reply) -> Row:

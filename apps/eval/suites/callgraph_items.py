@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from apps.eval.suites.cpp import called_names, functions, parse
+from apps.eval.suites.generation import answer_tokens
 from apps.eval.suites.haystack import Ids
 from apps.eval.suites.suite import SuiteInput
 from libs.model.text.document import MARKERS, Kind, Role, SectionSpan
@@ -80,14 +81,9 @@ def _of_document(inputs: SuiteInput, document: int, most_tokens: int, seed: int)
         end = code.find(b"\n", at)
         line = code[at : end if end >= 0 else len(code)].strip()
         prompts = {context: _prompt(inputs, ids, sections, target, code[:at], context) for context in CONTEXTS}
-        longest = max(int(prompt.size) for prompt in prompts.values()) + answer_tokens(inputs, line)
+        longest = max(int(prompt.size) for prompt in prompts.values()) + answer_tokens(inputs.tokenizer, line)
         reason = f"{longest} tokens with its answer, more than {most_tokens}" if longest > most_tokens else None
         yield Item(f"{document}/{at}", document, lines[at], line, prompts, reason)
-
-
-def answer_tokens(inputs: SuiteInput, line: bytes) -> int:
-    """Tokens that may be generated for a line: half as many again as it has, and the line break."""
-    return int(inputs.tokenizer.encode(line).size) * 3 // 2 + 4
 
 
 def _prompt(

@@ -6,7 +6,8 @@ is compiled or run: that would need a sandbox. The generator is completion_items
 
 from __future__ import annotations
 
-from apps.eval.results import Excluded
+from functools import partial
+
 from apps.eval.suites.completion_items import ORDERS, Item, items, prompt
 from apps.eval.suites.cpp import error_count
 from apps.eval.suites.generation import (
@@ -15,16 +16,16 @@ from apps.eval.suites.generation import (
     controls,
     judge,
     line_stops,
+    question,
     random_text,
     reference_bpb,
+    sort_out,
     special_stops,
 )
-from apps.eval.suites.haystack import NO_IDS
 from apps.eval.suites.output import Judged, Made, question_output
-from apps.eval.suites.questions import Question, Reply, ask_all
+from apps.eval.suites.questions import Reply, ask_all
 from apps.eval.suites.scoring import Row, tabulate
 from apps.eval.suites.suite import OnProgress, Suite, SuiteInput, SuiteOptions, SuiteOutput
-from libs.flags.errors import UserError
 
 FILES = 12
 MOST_TOKENS = 8192
@@ -39,15 +40,19 @@ def run(inputs: SuiteInput, options: SuiteOptions, on_progress: OnProgress) -> S
     """
     most = min(options.max_tokens, options.contexts[-1] if options.contexts else MOST_TOKENS)
     made = list(items(inputs, most, options.items or FILES, options.seed))
-    excluded = [Excluded(item=i.item, document=i.document, tokens=0, reason=i.reason) for i in made if i.reason]
-    usable = [item for item in made if item.reason is None]
-    if not usable:
-        why = excluded[0].reason if excluded else "no file of the split has a function"
-        raise UserError(f"nothing to ask: {why}; give longer --context, or data with --mix file=1,...")
-    asked = [_question(inputs, item, order) for item in usable for order in ORDERS]
-    replies = ask_all(
-        inputs.engines, asked, seed=options.seed, on_progress=lambda done, total: on_progress("spans", done, total)
+    usable, excluded = sort_out(
+        made, "no file of the split has a function", "give longer --context, or data with --mix file=1,..."
     )
+    lines, others = line_stops(inputs.tokenizer), special_stops(inputs.tokenizer)
+    asked = [
+        question(
+            inputs.tokenizer, f"{item.item}/{order}", prompt(inputs, item, order), item.middle,
+            lines if item.span == "line" else others,
+        )
+        for item in usable
+        for order in ORDERS
+    ]  # fmt: skip
+    replies = ask_all(inputs.engines, asked, seed=options.seed, on_progress=partial(on_progress, "spans"))
     rows: list[Row] = []
     pairs: dict[str, tuple[bytes, bytes]] = {}
     for number, item in enumerate(usable):
@@ -66,18 +71,6 @@ def run(inputs: SuiteInput, options: SuiteOptions, on_progress: OnProgress) -> S
     made_of = Made(asked, replies.use, excluded, len(made) * len(ORDERS))
     judged = Judged(rows, control + broken, cells, totals, controlled)
     return question_output("completion", inputs, MEANING | SYNTAX, judged, made_of)
-
-
-def _question(inputs: SuiteInput, item: Item, order: str) -> Question:
-    reference = inputs.tokenizer.encode(item.middle)
-    return Question(
-        item=f"{item.item}/{order}",
-        shared=NO_IDS,
-        prompt=prompt(inputs, item, order),
-        choices=(reference,),
-        new_tokens=int(reference.size) * 3 // 2 + 4,
-        stop_ids=(line_stops if item.span == "line" else special_stops)(inputs.tokenizer),
-    )
 
 
 def cut(spoken: bytes, span: str, reference_bytes: int) -> bytes:

@@ -1,7 +1,7 @@
 """What suites share that let the model write C++ and compare it with what stood there.
 
-Stop tokens, the reference's bits per byte, and the controls: each answer's score against a random string, and against
-the reference of another item, which is what unrelated C++ scores.
+Which items can be asked, the question, stop tokens, the reference's bits per byte, and the controls: each answer's
+score against a random string, and against the reference of another item, which is what unrelated C++ scores.
 """
 
 from __future__ import annotations
@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
 
-from apps.eval.results import Score
+from apps.eval.results import Excluded, Score
+from apps.eval.suites.haystack import NO_IDS, Ids
+from apps.eval.suites.questions import Question
 from apps.eval.suites.scoring import Row, edit_similarity, exact_match, identifier_f1, identifier_match, tabulate
+from libs.flags.errors import UserError
 from libs.model.text.tokenizer import Tokenizer
 
 MEANING = {
@@ -23,6 +27,45 @@ MEANING = {
 }
 CHANCES: Mapping[str, float | None] = dict.fromkeys(MEANING)
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz_ ();"
+
+
+class Item(Protocol):
+    """item: its name. reason: why it is not asked, None when it is."""
+
+    @property
+    def item(self) -> str: ...
+    @property
+    def document(self) -> int: ...
+    @property
+    def reason(self) -> str | None: ...
+
+
+_Item = TypeVar("_Item", bound=Item)
+
+
+def sort_out(made: Sequence[_Item], nothing: str, remedy: str) -> tuple[list[_Item], list[Excluded]]:
+    """The items to ask, and the others. nothing: what is said when none was made; remedy: what to do when none is left.
+
+    Raises:
+        UserError: nothing to ask.
+    """
+    excluded = [Excluded(item=i.item, document=i.document, tokens=0, reason=i.reason) for i in made if i.reason]
+    usable = [item for item in made if item.reason is None]
+    if not usable:
+        why = excluded[0].reason if excluded else nothing
+        raise UserError(f"nothing to ask: {why}; {remedy}")
+    return usable, excluded
+
+
+def answer_tokens(tokenizer: Tokenizer, reference: bytes) -> int:
+    """Tokens that may be generated: half as many again as the reference has, and the line break."""
+    return int(tokenizer.encode(reference).size) * 3 // 2 + 4
+
+
+def question(tokenizer: Tokenizer, name: str, prompt: Ids, reference: bytes, stop_ids: tuple[int, ...]) -> Question:
+    """What follows `prompt`? The reference is scored as a choice beside."""
+    choices, new_tokens = (tokenizer.encode(reference),), answer_tokens(tokenizer, reference)
+    return Question(name, NO_IDS, prompt, choices, new_tokens, stop_ids)
 
 
 def line_stops(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ which a small model shows signal long before it answers. The generator is needle
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from apps.eval.results import Excluded
 from apps.eval.suites.needle_items import CHOICES, Context, Needle, contexts
@@ -43,9 +44,7 @@ def run(inputs: SuiteInput, options: SuiteOptions, on_progress: OnProgress) -> S
     if not usable:
         raise UserError(f"nothing to ask: {excluded[0].reason}; give shorter --context, or data with more text")
     asked = [question for context in usable for question in _questions(inputs.tokenizer, context)]
-    replies = ask_all(
-        inputs.engines, asked, seed=options.seed, on_progress=lambda done, total: on_progress("needles", done, total)
-    )
+    replies = ask_all(inputs.engines, asked, seed=options.seed, on_progress=partial(on_progress, "needles"))
     rows = [
         _judge(inputs.tokenizer, context, needle, replies.by_item[needle.item])
         for context in usable

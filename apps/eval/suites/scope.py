@@ -5,6 +5,8 @@ Two continuations of one context are compared by log-likelihood; nothing is gene
 
 from __future__ import annotations
 
+from functools import partial
+
 from apps.eval.results import Excluded
 from apps.eval.suites.output import Judged, Made, question_output
 from apps.eval.suites.questions import Question, Reply, ask_all
@@ -48,9 +50,7 @@ def run(inputs: SuiteInput, options: SuiteOptions, on_progress: OnProgress) -> S
     asked = [_question(inputs.tokenizer, context, item) for context in usable for item in context.items]
     if not asked:
         raise UserError(f"nothing to ask: {excluded[0].reason if excluded else 'no file has a function'}")
-    replies = ask_all(
-        inputs.engines, asked, seed=options.seed, on_progress=lambda done, total: on_progress("pairs", done, total)
-    )
+    replies = ask_all(inputs.engines, asked, seed=options.seed, on_progress=partial(on_progress, "pairs"))
     judged = [_judge(context, item, replies.by_item[item.item]) for context in usable for item in context.items]
     rows = [row for row in judged if "kind" in row.axes]
     control = [row for row in judged if "kind" not in row.axes]

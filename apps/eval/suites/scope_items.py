@@ -232,14 +232,13 @@ def _pair_in(
     lead = _lead(text, use)
     size = inputs.tokenizer.encode(lead + name).size
     spans = [(other.function.node.start_byte, other.function.node.end_byte) for other in earlier]
-    wrong = sorted({local.name for other in earlier for local in other.variables} - mine.keys())
+    wrong = sorted({local.name for other in earlier for local in other.variables})
     fitting = [
         other
         for other in wrong
         if inputs.tokenizer.encode(lead + other).size == size
-        and other not in text[start:end]
+        and other not in text[start:end]  # so no name of this function, nor the beginning of one
         and not other.startswith(name)
-        and not name.startswith(other)
         and _only_inside(text[:use], other, spans)
     ]
     return (mine[name].at, use, name, draw.choice(fitting)) if fitting else None

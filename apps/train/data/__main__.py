@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from apps.train.data.interrupt import held_back
 from apps.train.data.options import INSTALLED, BuildOptions, Mix, validated
 from libs.flags.errors import run_entry
 
@@ -90,8 +91,9 @@ def _build(arguments: argparse.Namespace) -> int:
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         # Inside, because these imports take seconds in which a signal may come.
-        from apps.train.data.build import build
-        from apps.train.data.summary import print_built
+        with held_back():
+            from apps.train.data.build import build
+            from apps.train.data.summary import print_built
 
         built = build(
             options,

@@ -19,6 +19,7 @@ from apps.train.data.callgraph import CallGraph, GraphFile
 from apps.train.data.curate import DropLog, KeptFile, read_files, within_budget
 from apps.train.data.duplicates import near_duplicates
 from apps.train.data.holdout import Split, hold_out
+from apps.train.data.interrupt import held_back
 from apps.train.data.licence import licence_of
 from apps.train.data.material import Material, chance
 from apps.train.data.options import PIPELINE_VERSION, BuildOptions
@@ -134,7 +135,7 @@ def _corpus_files(
             drops.add("near_duplicate", file.source.path, len(file.text))
             continue
         licence = licence_of(file.text, corpus.licences.get(file.source.package))
-        files.append(_File(file, analysis, licence.name))
+        files.append(_File(file, analysis, licence))
     return files
 
 
@@ -197,7 +198,8 @@ def _write_splits(
 ) -> tuple[dict[str, SplitStats], dict[str, CallGraphStats]]:
     """Documents of both splits; what was written and how calls resolved."""
     # Imports megatron, seconds that a build which is up to date has no use for.
-    from apps.train.data.store import store
+    with held_back():
+        from apps.train.data.store import store
 
     splits: dict[str, SplitStats] = {}
     graphs: dict[str, CallGraphStats] = {}

@@ -6,7 +6,6 @@ For the record kept with every document. Not legal advice, and nothing is filter
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
 
 UNKNOWN = "unknown"
 _SPDX = re.compile(rb"SPDX-License-Identifier:[ \t]*([A-Za-z0-9.+\- ()]+)")
@@ -36,29 +35,23 @@ _WORDING: tuple[tuple[str, str], ...] = (
 _NOISE = re.compile(r"[\s*/#;]+")
 
 
-class Licence(NamedTuple):
-    """name: SPDX-like. basis: "spdx", "header", "package" or "none"."""
-
-    name: str
-    basis: str
-
-
 def from_wording(text: str) -> str | None:
     """The licence whose wording occurs in `text`, comment signs and line breaks aside."""
     flat = _NOISE.sub(" ", text).lower()
     return next((name for wording, name in _WORDING if wording in flat), None)
 
 
-def licence_of(text: bytes, package: str | None) -> Licence:
-    """Licence of a file with content `text` in a package that declares `package` (a name or a licence's text)."""
+def licence_of(text: bytes, package: str | None) -> str:
+    """SPDX-like name of the licence of a file with content `text` in a package that declares `package` (a name or a
+    licence's text); "unknown" when nothing says."""
     head = text[:_HEAD_BYTES]
     tag = _SPDX.search(head)
     if tag is not None:
-        return Licence(tag.group(1).decode().strip(), "spdx")
+        return tag.group(1).decode().strip()
     named = from_wording(head.decode("utf-8", "replace"))
     if named is not None:
-        return Licence(named, "header")
+        return named
     if package is None:
-        return Licence(UNKNOWN, "none")
+        return UNKNOWN
     short = package if len(package) < 80 and "\n" not in package else None
-    return Licence(from_wording(package) or short or UNKNOWN, "package")
+    return from_wording(package) or short or UNKNOWN

@@ -74,10 +74,9 @@ class _Snapshot(NamedTuple):
 
 @dataclass
 class _Request:
-    """prompt: its tokens. context: those of them that other requests are expected to begin with."""
+    """context: tokens of the prompt that other requests are expected to begin with."""
 
     slot: int
-    prompt: int
     context: int
     matched: int
     skipped: int
@@ -167,7 +166,7 @@ class PrefixCache(NotCopyable):
             self._slots.free(slot)
             raise
         miss = self._miss(wanted, matched, start, failed)
-        self._requests[request] = _Request(slot, len(prompt), wanted, matched, start, miss)
+        self._requests[request] = _Request(slot, wanted, matched, start, miss)
         self.counters.update(requests=1, prompt_tokens=len(prompt), matched_tokens=matched, skipped_tokens=start)
         if miss is not None:
             self.counters[f"miss.{miss.value}"] += 1
@@ -181,17 +180,11 @@ class PrefixCache(NotCopyable):
         entry.matched += shared
         self.counters["matched_tokens"] += shared
 
-    def next_stop(self, request: int) -> int:
-        """The token count up to which prefill may run before it must report: the next count whose state is wanted, or
-        the end of the prompt."""
-        entry, done = self._entry(request), self._kv.length(request)
-        points = [point for point in self._points(entry.context) if point > done]
-        return min([*points, entry.prompt])
-
     def completed(self, request: int, tokens: Sequence[int]) -> None:
         """These next tokens are computed: their keys and values are in the blocks, and the slot's state includes them.
 
-        Blocks they fill can be found from now on; at a count that `next_stop` named, the state is kept.
+        Blocks they fill can be found from now on. At some boundaries the state is kept, so a prefill must report at
+        every multiple of the grid.
         """
         entry = self._entry(request)
         self._kv.complete(request, tokens)

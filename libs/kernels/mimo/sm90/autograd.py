@@ -18,7 +18,7 @@ from libs.kernels.mimo.chunked import entry
 from libs.kernels.mimo.chunked_terms import document_ids, document_masks, scan_weights, wrapped_angles
 from libs.kernels.mimo.reference import rotate
 from libs.kernels.mimo.shapes import Dims, MimoInputs, MimoResult, MimoState, accumulation_dtype
-from libs.kernels.mimo.sm90 import bwd_glue, psiv
+from libs.kernels.mimo.sm90 import psiv
 from libs.kernels.mimo.sm90.bwd_launch import BwdSpecs, scan_backward
 from libs.kernels.mimo.sm90.forward import scan_forward
 from libs.kernels.mimo.sm90.gates import KernelGates, Mode, Psiv, Split
@@ -86,8 +86,8 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     reuse = psiv.REUSE[how.psiv]
     if reuse.forward == "write":
         psiv.POOL.require(op.psi, int(generation))
-    base = bwd_glue.spec_of(scan_spec(op, *how[:3], packed=doc is not None, splits=how.splits))
-    reading = base._replace(cached_x=True)
+    base = scan_spec(op, *how[:3], packed=doc is not None, splits=how.splits)
+    reading = base._replace(psiv="read")
     specs = BwdSpecs(reading if reuse.bwd_fwd else base, base, reading if reuse.bwd_bwd else base)
     if op.v.is_cuda:
         mode = how.bwd_mode

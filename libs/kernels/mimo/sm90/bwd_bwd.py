@@ -18,16 +18,17 @@ from libs.kernels.mimo.sm90.bwd_common import (
     GAMMA,
     LATER,
     THROUGH,
-    BwdSpec,
     bwd_inputs,
     bwd_outputs,
     declared,
     rotation_macros,
     weight_macros,
+    weight_rows,
 )
+from libs.kernels.mimo.sm90.spec import ScanSpec
 
 
-def bwd_bwd(T: Any, spec: BwdSpec) -> Any:
+def bwd_bwd(T: Any, spec: ScanSpec) -> Any:
     """The kernel for one shape; grid (H, B, splits). Its outputs, in parameter order from `dk` on:
 
     dk (B,S*R,H,N) per head, before rotation and bias; dv (B,S,H,P); turn (B,S,H,A) the keys' part of the angle
@@ -40,8 +41,8 @@ def bwd_bwd(T: Any, spec: BwdSpec) -> Any:
     """
     B, _, H, G, R, N, P, C = spec.checked()[:8]
     F, A, splits, threads, stages = spec.F, spec.A, spec.splits, spec.threads, spec.stages
-    per, heads_per_group, rows = spec.chunks // splits, H // G, spec.rows
-    has_d, cached_x = spec.has_d, spec.cached_x
+    per, heads_per_group, rows = spec.chunks // splits, H // G, weight_rows(spec)
+    has_d, reads_x = spec.d, spec.reads_x
     decay = weight_macros(T, spec)
     rotate, turn_sum, unrotate = rotation_macros(T, spec)
     operand = T.alloc_fragment if threads == 128 and F % 64 == 0 else T.alloc_shared  # wgmma A from registers
@@ -62,7 +63,7 @@ def bwd_bwd(T: Any, spec: BwdSpec) -> Any:
             qr_sh, kr_sh = T.alloc_shared((F, N), T.bf16), T.alloc_shared((F, N), T.bf16)
             x_sh = T.alloc_shared((F, P), T.bf16)
             # Decayed dY takes the place of x, unless x is the target of a load.
-            dys_sh = T.alloc_shared((F, P), T.bf16) if cached_x else x_sh
+            dys_sh = T.alloc_shared((F, P), T.bf16) if reads_x else x_sh
             e_sh = T.alloc_shared((C, C), T.f32)
             wide_sh = T.alloc_shared((F, max(N, P)), T.f32)  # gradient of x, then that of the rotated key
             qb_sh, kb_sh = T.alloc_shared((R, N), T.f32), T.alloc_shared((R, N), T.f32)
@@ -95,7 +96,7 @@ def bwd_bwd(T: Any, spec: BwdSpec) -> Any:
                 T.load(cos[bb, t0 : t0 + C, bh, 0:A], cos_sh)
                 T.load(sin[bb, t0 : t0 + C, bh, 0:A], sin_sh)
                 T.load(v[bb, t0 : t0 + C, bh, 0:P], v_sh)
-                if cached_x:
+                if reads_x:
                     T.load(x[bb, bh, t0 * R : t0 * R + F, 0:P], x_sh)
                 T.load(dy[bb, t0 * R : t0 * R + F, bh, 0:P], dy_sh)
                 T.load(states[bb, bh, chunk, 0:N, 0:P], h_sh)
@@ -104,7 +105,7 @@ def bwd_bwd(T: Any, spec: BwdSpec) -> Any:
 
                 rotate(q_sh, qb_sh, cos_sh, sin_sh, qr_sh)
                 rotate(k_sh, kb_sh, cos_sh, sin_sh, kr_sh)
-                if not cached_x:
+                if not reads_x:
                     for i, p in T.Parallel(F, P):
                         x_sh[i, p] = T.round_bf16(v_sh[i // R, p] * psi_sh[i % R, p])
                 decay(w_sh, e_sh)

@@ -1,4 +1,4 @@
-"""What the two backward kernels share: their shape, the packed per-token weights, bias and rotation of q and k.
+"""What the backward kernels share: the packed per-token weights, bias and rotation of q and k, tables of arguments.
 
 Not for the walk over chunks (`bwd_fwd`, `bwd_bwd`) and not for torch glue (`bwd_glue`).
 """
@@ -8,7 +8,9 @@ Not for the walk over chunks (`bwd_fwd`, `bwd_bwd`) and not for torch glue (`bwd
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
+
+from libs.kernels.mimo.sm90.spec import ScanSpec
 
 # Rows of the packed per-token weights (B, H, chunks, rows * C), in this order. One bulk copy brings all of them.
 LOG = 0  # running log decay inside the chunk
@@ -20,73 +22,17 @@ THROUGH = 5  # what is left of the entering state at the chunk's end; the same n
 DOCUMENT = 6  # number of the token's document, as a float; only when documents are packed
 
 
-class BwdSpec(NamedTuple):
-    """One compiled shape. S is a multiple of C * splits.
-
-    Attributes:
-        has_z, has_out, has_d, has_norm: whether the gate, MIMO_Out, the skip weight and the output norm are there.
-        packed: documents are packed, so pairs of tokens must be of one document.
-        cached_x: PsiV comes ready in a tensor (B, H, S*R, P) and is not computed again.
-        threads: of the consumers; with warp specialization the producer has 128 more.
-        stages: of the software pipeline; 0 switches TMA and warp specialization off.
-        min_blocks: resident blocks asked for, which caps registers; 0 asks for nothing.
-    """
-
-    B: int
-    S: int
-    H: int
-    G: int
-    R: int
-    N: int
-    P: int
-    C: int
-    divisor: int = 4
-    splits: int = 1
-    has_z: bool = True
-    has_out: bool = True
-    has_d: bool = True
-    has_norm: bool = False
-    packed: bool = False
-    cached_x: bool = False
-    norm_eps: float = 1e-5
-    threads: int = 128
-    stages: int = 1
-    min_blocks: int = 0
-
-    @property
-    def A(self) -> int:
-        """Rotary angles."""
-        return self.N // self.divisor
-
-    @property
-    def F(self) -> int:
-        """Rows of a chunk."""
-        return self.C * self.R
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of the whole sequence."""
-        return self.S // self.C
-
-    @property
-    def rows(self) -> int:
-        """Rows of the packed weights."""
-        return DOCUMENT + int(self.packed)
-
-    def checked(self) -> BwdSpec:
-        """Itself, when the kernels can be built for it. A wrong spec is our mistake: the wrapper pads and checks."""
-        assert not isinstance(self.S, int) or self.S % (self.C * self.splits) == 0, self
-        assert self.H % self.G == 0, self
-        assert self.N % 4 == 0, self
-        assert self.divisor in (2, 4), self
-        return self
-
-    def if_present(self, present: bool, *shape: int) -> tuple[int, ...]:
-        """`shape`, or the shape of a stand-in of one element for an option that is off."""
-        return shape if present else (1,) * len(shape)
+def weight_rows(spec: ScanSpec) -> int:
+    """Rows of the packed weights."""
+    return DOCUMENT + int(spec.packed)
 
 
-def weight_macros(T: Any, spec: BwdSpec) -> Any:
+def if_present(present: bool, *shape: int) -> tuple[int, ...]:
+    """`shape`, or the shape of a stand-in of one element for an option that is off."""
+    return shape if present else (1,) * len(shape)
+
+
+def weight_macros(T: Any, spec: ScanSpec) -> Any:
     """Macro `decay(small, e_sh)`: exp(LOG_t - LOG_s) for s <= t of one document, else 0, as a (C, C) tile."""
     C, packed = spec.C, spec.packed
 
@@ -109,7 +55,7 @@ def weight_macros(T: Any, spec: BwdSpec) -> Any:
     return decay
 
 
-def rotation_macros(T: Any, spec: BwdSpec) -> tuple[Any, Any, Any]:
+def rotation_macros(T: Any, spec: ScanSpec) -> tuple[Any, Any, Any]:
     """Macros for the rotated pairs (channel a and a + N/2, for both divisors):
 
     `rotate(raw, bias, cos, sin, out)`: bias, then rotation, into a bf16 tile (F, N).
@@ -161,35 +107,35 @@ def rotation_macros(T: Any, spec: BwdSpec) -> tuple[Any, Any, Any]:
 Shapes = dict[str, tuple[bool, tuple[int, ...]]]  # tensor name -> (stored as bf16, shape), in parameter order
 
 
-def fwd_inputs(spec: BwdSpec) -> Shapes:
+def fwd_inputs(spec: ScanSpec) -> Shapes:
     """What `bwd_fwd` reads."""
     B, S, H, G, R, N, P, C = spec[:8]
     heads, ranked, head_rank = (B, S, H, P), (B, S * R, H, P), (H, R, P)
     return {
         "q": (True, (B, S * R, G, N)), "k": (True, (B, S * R, G, N)), "v": (True, heads),
-        "z": (True, spec.if_present(spec.has_z, *heads)), "x": (True, spec.if_present(spec.cached_x, B, H, S * R, P)),
+        "z": (True, if_present(spec.z, *heads)), "x": (True, if_present(spec.reads_x, B, H, S * R, P)),
         "cos": (False, (B, S, H, spec.A)), "sin": (False, (B, S, H, spec.A)),
         "q_bias": (False, (H, R, N)), "k_bias": (False, (H, R, N)), "psi": (False, head_rank),
-        "zeta": (False, spec.if_present(spec.has_z, *head_rank)),
-        "phi": (False, spec.if_present(spec.has_out, *head_rank)),
-        "d": (False, spec.if_present(spec.has_d, H)), "norm_w": (False, spec.if_present(spec.has_norm, H, P)),
-        "small": (False, (B, H, S // C, spec.rows * C)), "init": (False, (B, H, spec.splits, N, P)),
-        "d_out": (True, heads if spec.has_out else ranked),
+        "zeta": (False, if_present(spec.z, *head_rank)),
+        "phi": (False, if_present(spec.out, *head_rank)),
+        "d": (False, if_present(spec.d, H)), "norm_w": (False, if_present(spec.norm, H, P)),
+        "small": (False, (B, H, S // C, weight_rows(spec) * C)), "init": (False, (B, H, spec.splits, N, P)),
+        "d_out": (True, heads if spec.out else ranked),
     }  # fmt: skip
 
 
-def fwd_outputs(spec: BwdSpec) -> Shapes:
+def fwd_outputs(spec: ScanSpec) -> Shapes:
     """What `bwd_fwd` writes."""
     B, S, H, _, R, N, P, C = spec[:8]
     partial = (B, H, spec.splits, R, P)
     return {
         "dy": (True, (B, S * R, H, P)), "states": (True, (B, H, S // C, N, P)), "dq": (True, (B, S * R, H, N)),
-        "dz": (True, spec.if_present(spec.has_z, B, S, H, P)), "turn": (False, (B, S, H, spec.A)),
+        "dz": (True, if_present(spec.z, B, S, H, P)), "turn": (False, (B, S, H, spec.A)),
         "row": (False, (B, H, S * R)), "d_zeta": (False, partial), "mix": (False, partial), "skip": (False, partial),
     }  # fmt: skip
 
 
-def bwd_inputs(spec: BwdSpec) -> Shapes:
+def bwd_inputs(spec: ScanSpec) -> Shapes:
     """What `bwd_bwd` reads."""
     fwd, made = fwd_inputs(spec), fwd_outputs(spec)
     names = ("q", "k", "v", "x", "cos", "sin", "q_bias", "k_bias", "psi", "d", "small")
@@ -198,7 +144,7 @@ def bwd_inputs(spec: BwdSpec) -> Shapes:
     }  # fmt: skip
 
 
-def bwd_outputs(spec: BwdSpec) -> Shapes:
+def bwd_outputs(spec: ScanSpec) -> Shapes:
     """What `bwd_bwd` writes."""
     B, S, H, _, R, N, P, C = spec[:8]
     return {

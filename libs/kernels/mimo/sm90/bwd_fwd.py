@@ -17,13 +17,14 @@ from libs.kernels.mimo.sm90.bwd_common import (
     GAMMA,
     LATER,
     THROUGH,
-    BwdSpec,
     declared,
     fwd_inputs,
     fwd_outputs,
     rotation_macros,
     weight_macros,
+    weight_rows,
 )
+from libs.kernels.mimo.sm90.spec import ScanSpec
 
 
 def silu_slope(T: Any, x: Any) -> Any:
@@ -34,7 +35,7 @@ def silu_slope(T: Any, x: Any) -> Any:
     return sigmoid * (one + x * (one - sigmoid))
 
 
-def bwd_fwd(T: Any, spec: BwdSpec) -> Any:
+def bwd_fwd(T: Any, spec: ScanSpec) -> Any:
     """The kernel for one shape; grid (H, B, splits). Its outputs, in parameter order from `dy` on:
 
     dy (B,S*R,H,P) gradient of Y; states (B,H,chunks,N,P) entering each chunk; dq (B,S*R,H,N) per head, before
@@ -45,8 +46,8 @@ def bwd_fwd(T: Any, spec: BwdSpec) -> Any:
     """
     B, _, H, G, R, N, P, C = spec.checked()[:8]
     F, A, splits, threads, stages = spec.F, spec.A, spec.splits, spec.threads, spec.stages
-    per, heads_per_group, rows = spec.chunks // splits, H // G, spec.rows
-    has_z, has_out, has_d, has_norm, cached_x = spec.has_z, spec.has_out, spec.has_d, spec.has_norm, spec.cached_x
+    per, heads_per_group, rows = spec.chunks // splits, H // G, weight_rows(spec)
+    has_z, has_out, has_d, has_norm, reads_x = spec.z, spec.out, spec.d, spec.norm, spec.reads_x
     eps = spec.norm_eps
     decay = weight_macros(T, spec)
     rotate, turn_sum, unrotate = rotation_macros(T, spec)
@@ -101,7 +102,7 @@ def bwd_fwd(T: Any, spec: BwdSpec) -> Any:
             T.occupancy(spec.min_blocks)
             T.copy(q_bias[bh, 0:R, 0:N], qb_sh)
             T.copy(k_bias[bh, 0:R, 0:N], kb_sh)
-            if not cached_x:  # a tile nobody reads would be laid over another one
+            if not reads_x:  # a tile nobody reads would be laid over another one
                 T.copy(psi[bh, 0:R, 0:P], psi_sh)
             if has_z:
                 T.copy(zeta[bh, 0:R, 0:P], zeta_sh)
@@ -121,7 +122,7 @@ def bwd_fwd(T: Any, spec: BwdSpec) -> Any:
                 T.load(k[bb, t0 * R : t0 * R + F, bh // heads_per_group, 0:N], k_sh)
                 T.load(cos[bb, t0 : t0 + C, bh, 0:A], cos_sh)
                 T.load(sin[bb, t0 : t0 + C, bh, 0:A], sin_sh)
-                if cached_x:
+                if reads_x:
                     T.load(x[bb, bh, t0 * R : t0 * R + F, 0:P], x_sh)
                 else:
                     T.load(v[bb, t0 : t0 + C, bh, 0:P], v_sh)
@@ -134,7 +135,7 @@ def bwd_fwd(T: Any, spec: BwdSpec) -> Any:
 
                 rotate(q_sh, qb_sh, cos_sh, sin_sh, qr_sh)
                 rotate(k_sh, kb_sh, cos_sh, sin_sh, kr_sh)
-                if not cached_x:
+                if not reads_x:
                     for i, p in T.Parallel(F, P):
                         x_sh[i, p] = T.round_bf16(v_sh[i // R, p] * psi_sh[i % R, p])
                 decay(w_sh, e_sh)

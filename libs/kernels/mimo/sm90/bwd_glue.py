@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from libs.kernels.mimo.sm90.bwd_common import BwdSpec, Shapes
+from libs.kernels.mimo.sm90.bwd_common import Shapes
 from libs.kernels.mimo.sm90.spec import KernelOperands, ScanSpec, documents_before
 
 
@@ -32,14 +32,6 @@ class Packed(NamedTuple):
     gamma: Tensor
     carry_cC: Tensor | None
     through_c: Tensor | None
-
-
-def spec_of(spec: ScanSpec) -> BwdSpec:
-    """The variant of the backward kernels that belongs to a forward one."""
-    return BwdSpec(
-        *spec[:8], divisor=spec.divisor, splits=spec.splits, has_z=spec.z, has_out=spec.out, has_d=spec.d,
-        has_norm=spec.norm, packed=spec.packed, norm_eps=spec.norm_eps,
-    )  # fmt: skip
 
 
 def pack_weights(op: KernelOperands, doc_S: Tensor | None, C: int) -> Packed:
@@ -71,7 +63,7 @@ def empty(shapes: Shapes, low: torch.dtype, full: torch.dtype, device: torch.dev
     }
 
 
-def _weight_grads(spec: BwdSpec, packed: Packed, row: Tensor, late: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def _weight_grads(spec: ScanSpec, packed: Packed, row: Tensor, late: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """Gradients of log decay, gamma and later, (B,H,S).
 
     The running log decay s_t of a token raises what it receives and lowers what it gives. What it receives is
@@ -91,7 +83,7 @@ def _weight_grads(spec: BwdSpec, packed: Packed, row: Tensor, late: dict[str, Te
     return tuple(u.flatten(2) for u in (log, gamma, later + entry * packed.leave))
 
 
-def _anchored(spec: BwdSpec, turn_BSHA: Tensor, spin_BHcN: Tensor, packed: Packed) -> Tensor:
+def _anchored(spec: ScanSpec, turn_BSHA: Tensor, spin_BHcN: Tensor, packed: Packed) -> Tensor:
     """The angle gradient with its sum over every chunk set to what the states at the chunk's two ends say.
 
     The gradient of an angle increment is the sum of `turn` from its token on, over thousands of tokens whose parts
@@ -114,7 +106,7 @@ def _anchored(spec: BwdSpec, turn_BSHA: Tensor, spin_BHcN: Tensor, packed: Packe
 
 
 def operand_grads(
-    spec: BwdSpec, op: KernelOperands, packed: Packed, early: dict[str, Tensor], late: dict[str, Tensor]
+    spec: ScanSpec, op: KernelOperands, packed: Packed, early: dict[str, Tensor], late: dict[str, Tensor]
 ) -> KernelOperands:
     """Gradients of the operands in their shapes; the dtypes are the kernels'."""
     B, S, H, G, R, N = spec[:6]

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from libs.kernels.mimo.sm90.bwd_common import CARRY, THROUGH, BwdSpec, Shapes, declared, fwd_inputs, rotation_macros
+from libs.kernels.mimo.sm90.bwd_common import CARRY, THROUGH, Shapes, declared, fwd_inputs, rotation_macros, weight_rows
+from libs.kernels.mimo.sm90.spec import ScanSpec
 
 COMBINED_ROWS = 16  # of N, per thread block of the combining pass
 
 
-def states_shapes(spec: BwdSpec) -> tuple[Shapes, Shapes]:
+def states_shapes(spec: ScanSpec) -> tuple[Shapes, Shapes]:
     """What `bwd_states` reads and writes."""
     fwd = fwd_inputs(spec)
     given = {name: fwd[name] for name in ("q", "cos", "sin", "q_bias", "small")}
@@ -24,17 +25,17 @@ def states_shapes(spec: BwdSpec) -> tuple[Shapes, Shapes]:
     return given, {"local": fwd["init"], "through": (False, (spec.B, spec.H, spec.splits))}
 
 
-def combine_shapes(spec: BwdSpec) -> tuple[Shapes, Shapes]:
+def combine_shapes(spec: ScanSpec) -> tuple[Shapes, Shapes]:
     """What `bwd_combine` reads and writes."""
     given = states_shapes(spec)[1] | {"d_end": (False, (spec.B, spec.H, spec.N, spec.P))}
     return given, {"d_last": given["local"]}
 
 
-def bwd_states(T: Any, spec: BwdSpec) -> Any:
+def bwd_states(T: Any, spec: ScanSpec) -> Any:
     """Pass 1: local (B,H,splits,N,P), gradient of the state that enters a split when none comes from behind, and
     through (B,H,splits), the factor with which one from behind passes (0 where a document starts inside)."""
     _, _, H, G, R, N, P, C = spec.checked()[:8]
-    F, A, splits, rows = spec.F, spec.A, spec.splits, spec.rows
+    F, A, splits, rows = spec.F, spec.A, spec.splits, weight_rows(spec)
     per, heads_per_group = spec.chunks // splits, H // G
     rotate = rotation_macros(T, spec)[0]
     given, made = states_shapes(spec)
@@ -77,7 +78,7 @@ def bwd_states(T: Any, spec: BwdSpec) -> Any:
     return main
 
 
-def bwd_combine(T: Any, spec: BwdSpec) -> Any:
+def bwd_combine(T: Any, spec: ScanSpec) -> Any:
     """Pass 2: d_last (B,H,splits,N,P), the gradient of the state that leaves each split, from the last to the first."""
     _, _, H, _, _, N, P, _ = spec[:8]
     splits, rows = spec.splits, min(N, COMBINED_ROWS)

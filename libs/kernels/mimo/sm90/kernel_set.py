@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 from libs.kernels.mimo.sm90.bwd_bwd import bwd_bwd
-from libs.kernels.mimo.sm90.bwd_common import BwdSpec
 from libs.kernels.mimo.sm90.bwd_fwd import bwd_fwd
 from libs.kernels.mimo.sm90.bwd_split import COMBINED_ROWS, bwd_combine, bwd_states
 from libs.kernels.mimo.sm90.dialect import CudaDialect
@@ -55,7 +54,7 @@ def mode_of(kernel: KernelName, gates: KernelGates) -> Mode:
     return gates.mode("bwd" if kernel.startswith("bwd") else "fwd")
 
 
-def spec_of(kernel: KernelName, gates: KernelGates, problem: Problem) -> ScanSpec | BwdSpec | CombineSpec:
+def spec_of(kernel: KernelName, gates: KernelGates, problem: Problem) -> ScanSpec | CombineSpec:
     """The variant that is compiled.
 
     Raises:
@@ -64,13 +63,11 @@ def spec_of(kernel: KernelName, gates: KernelGates, problem: Problem) -> ScanSpe
     (N, P, R, C), B, S, H, G, splits, divisor, norm, packed = problem
     if kernel == "combine":
         return CombineSpec(B, H, N, P, splits)
-    reuse, mode = REUSE[gates.psiv], mode_of(kernel, gates)
-    if kernel == "fwd" or kernel == "states":
-        scan = ScanSpec(B, S, H, G, R, N, P, C, divisor, norm=norm, packed=packed, splits=splits)
-        return planned(kernel, mode, scan._replace(psiv=reuse.forward) if kernel == "fwd" else scan)
-    cached = {"bwd_fwd": reuse.bwd_fwd, "bwd_bwd": reuse.bwd_bwd}.get(kernel, False)
-    spec = BwdSpec(B, S, H, G, R, N, P, C, divisor, has_norm=norm, packed=packed, splits=splits, cached_x=cached)
-    return spec if kernel == "bwd_combine" else planned(kernel, mode, spec)
+    reuse = REUSE[gates.psiv]
+    reads = (kernel == "bwd_fwd" and reuse.bwd_fwd) or (kernel == "bwd_bwd" and reuse.bwd_bwd)
+    psiv = reuse.forward if kernel == "fwd" else "read" if reads else "compute"
+    spec = ScanSpec(B, S, H, G, R, N, P, C, divisor, norm=norm, packed=packed, splits=splits, psiv=psiv)
+    return spec if kernel == "bwd_combine" else planned(kernel, mode_of(kernel, gates), spec)
 
 
 def traced(kernel: KernelName, gates: KernelGates, problem: Problem) -> tuple[Any, CudaDialect]:

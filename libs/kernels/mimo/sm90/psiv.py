@@ -1,6 +1,6 @@
 """PsiV, the product v * psi of every rank, kept from forward to backward: the stages, and where the product lives.
 
-Not for the kernels: they have a reading and a writing variant each (`ScanSpec.psiv`, `BwdSpec.cached_x`).
+Not for the kernels: they have a reading variant each, the forward a writing one too (`ScanSpec.psiv`).
 """
 # B sequences  S tokens  H heads  R rank  P head width
 

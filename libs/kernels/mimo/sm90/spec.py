@@ -14,15 +14,19 @@ from torch import Tensor
 
 
 class ScanSpec(NamedTuple):
-    """One compiled variant.
+    """One compiled variant of a forward or backward kernel. S is a multiple of C * splits.
 
     Attributes:
         B, S: may be symbols: see `launch.opened`.
+        z, out, d, norm: whether the gate, MIMO_Out, the skip weight and the output norm are there.
+        packed: documents are packed, so pairs of tokens must be of one document.
         splits: parts of the sequence that run side by side.
-        psiv: "compute" PsiV, "read" it, or compute and "write" it.
-        stages, min_blocks: of the pipeline; resident blocks asked for.
-        share_x: weighted PsiV and then y take the place of PsiV in shared memory (y is then rounded before gate and
-            rank sum).
+        psiv: "compute" PsiV, "read" it from a tensor (B,H,S*R,P), or (forward only) compute and "write" it.
+        stages: wanted of the software pipeline: `T.stages` has the last word.
+        min_blocks: resident blocks asked for, which caps registers; 0 asks for nothing.
+        threads: of the consumers; with warp specialization the producer has 128 more. The forward's are always 128.
+        share_x: weighted PsiV and then y take the place of PsiV in the forward's shared memory (y is then rounded
+            before gate and rank sum).
     """
 
     B: int
@@ -44,6 +48,7 @@ class ScanSpec(NamedTuple):
     psiv: str = "compute"
     stages: int = 2
     min_blocks: int = 0
+    threads: int = 128
     share_x: bool = False
 
     @property
@@ -70,6 +75,19 @@ class ScanSpec(NamedTuple):
     def second(self) -> int:
         """Where the second channels of the rotated pairs start: quarter 2, or half."""
         return self.N // 2
+
+    @property
+    def reads_x(self) -> bool:
+        """PsiV comes ready and is not computed again."""
+        return self.psiv == "read"
+
+    def checked(self) -> ScanSpec:
+        """Itself, when the kernels can be built for it. A wrong spec is our mistake: the wrapper pads and checks."""
+        assert not isinstance(self.S, int) or self.S % (self.C * self.splits) == 0, self
+        assert self.H % self.G == 0, self
+        assert self.N % 4 == 0, self
+        assert self.divisor in (2, 4), self
+        return self
 
 
 class KernelOperands(NamedTuple):

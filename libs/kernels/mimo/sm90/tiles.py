@@ -7,10 +7,8 @@ The table itself: `tile_table.py`. A shape that is not in it is refused with the
 from __future__ import annotations
 
 import math
-from typing import TypeVar
 
 from libs.flags.errors import UserError
-from libs.kernels.mimo.sm90.bwd_common import BwdSpec
 from libs.kernels.mimo.sm90.gates import Mode
 from libs.kernels.mimo.sm90.inspect import SHARED_PER_BLOCK, SHARED_PER_SM, SHARED_RESERVED
 from libs.kernels.mimo.sm90.spec import ScanSpec
@@ -21,8 +19,6 @@ __all__ = ["SHAPES", "TABLE", "Kernel", "TileShape", "Tiles", "allowed_spills", 
 OPTION_BYTES = 1024  # what a small tile can take with its alignment
 
 SHAPES: tuple[TileShape, ...] = tuple(TABLE["fwd", "ws"])
-
-_Spec = TypeVar("_Spec", ScanSpec, BwdSpec)
 
 
 def tiles(kernel: Kernel, mode: Mode, shape: TileShape) -> Tiles:
@@ -41,7 +37,7 @@ def tiles(kernel: Kernel, mode: Mode, shape: TileShape) -> Tiles:
     return known[shape]
 
 
-def planned(kernel: Kernel, mode: Mode, spec: _Spec) -> _Spec:
+def planned(kernel: Kernel, mode: Mode, spec: ScanSpec) -> ScanSpec:
     """`spec` with the resources of the table.
 
     Documents, the norm and half rotation bring or widen small tiles. Where these would cost the forward a resident
@@ -51,13 +47,14 @@ def planned(kernel: Kernel, mode: Mode, spec: _Spec) -> _Spec:
         UserError: a shape that is not in the table.
     """
     chosen = tiles(kernel, mode, TileShape(spec.N, spec.P, spec.R, spec.C))
-    if isinstance(spec, BwdSpec):
-        return spec._replace(threads=chosen.threads, stages=chosen.stages, min_blocks=chosen.min_blocks)
+    spec = spec._replace(threads=chosen.threads, stages=chosen.stages, min_blocks=chosen.min_blocks)
+    if kernel.startswith("bwd"):
+        return spec
     angles = 4 * spec.C * (spec.A - spec.N // 4) * (chosen.stages + 2)  # more than of the table's quarter rotation
     shared = chosen.shared + OPTION_BYTES * (2 * spec.packed + spec.norm) + angles
     crowded = chosen.min_blocks * (shared + SHARED_RESERVED) > SHARED_PER_SM
-    share = (chosen.share_x or crowded) and spec.psiv != "read"
-    return spec._replace(stages=chosen.stages, min_blocks=chosen.min_blocks, share_x=share)
+    share = (chosen.share_x or crowded) and not spec.reads_x
+    return spec._replace(share_x=share)
 
 
 def allowed_spills(kernel: Kernel, mode: Mode, shape: TileShape) -> int:

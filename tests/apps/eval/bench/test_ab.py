@@ -14,7 +14,7 @@ from apps.eval.bench.__main__ import main
 from apps.eval.bench.ab import AbPlan, compare, run_ab
 from apps.eval.bench.ab_arm import Arm, ArmRun, Steps
 from apps.eval.bench.ops import RedGate
-from apps.eval.bench.receipt import Receipt, read_receipt
+from apps.eval.bench.receipt import Receipt
 from libs.flags.errors import RunRefused, UserError, run_entry
 from libs.flags.evidence import read_evidence
 from libs.flags.provenance import snapshot
@@ -199,7 +199,7 @@ def test_a_real_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     out = tmp_path / "receipts"
     assert run_entry(main, [*words, "--receipt-dir", str(out), "--machine", "box"]) == 0
     (path,) = out.glob("*/receipt.json")
-    receipt = read_receipt(path)
+    receipt = Receipt.model_validate_json(path.read_bytes())
     assert receipt.comparison is not None
     assert receipt.comparison.ratio.value > 1
     assert receipt.hardware.threads == 1

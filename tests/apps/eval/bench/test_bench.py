@@ -15,7 +15,7 @@ from apps.eval.bench.contenders import op_call, plain_call
 from apps.eval.bench.correctness import Outcome, check_contenders, relative_error
 from apps.eval.bench.interleave import Contender, interleave
 from apps.eval.bench.operands import Shape, make_operands, scan_flops
-from apps.eval.bench.receipt import Ratio, Receipt, Sampled, read_receipt, write_receipt
+from apps.eval.bench.receipt import Ratio, Receipt, Sampled, write_receipt
 from libs.flags.errors import run_entry
 
 
@@ -134,7 +134,7 @@ def test_ops_prints_a_receipt_and_writes_it_once_per_run(tmp_path: Path, capsys:
     folders = sorted(path.name for path in tmp_path.iterdir())
     assert len(folders) == 2
     assert folders[0].endswith("_ops_test-box-1-thread")
-    receipt = read_receipt(tmp_path / folders[1] / "receipt.json")
+    receipt = Receipt.model_validate_json((tmp_path / folders[1] / "receipt.json").read_bytes())
     assert json.loads(receipt.model_dump_json()) == printed
     assert receipt.hardware.machine == "Test box, 1 thread"
     assert receipt.command[:3] == ["fathom", "bench", "ops"]
@@ -231,7 +231,7 @@ def test_the_schema_refuses_a_red_or_invented_receipt(receipt: Receipt, tmp_path
         Receipt.model_validate(faster)
     with pytest.raises(ValidationError, match="extra"):
         Receipt.model_validate(plain | {"remark": "fast"})
-    assert read_receipt(write_receipt(receipt, tmp_path)) == receipt
+    assert Receipt.model_validate_json(write_receipt(receipt, tmp_path).read_bytes()) == receipt
 
 
 def test_one_sample_has_no_deviation_and_no_interval() -> None:

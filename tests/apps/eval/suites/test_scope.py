@@ -69,14 +69,24 @@ def test_the_right_name_is_in_scope_and_the_wrong_one_is_not(inputs: SuiteInput,
 
 
 def test_either_name_comes_first(inputs: SuiteInput, made: list[Context]) -> None:
-    first = [
-        code_of(inputs, context).index(item.right.decode().strip())
-        < code_of(inputs, context).index(item.wrong.decode().strip())
-        for context in made
-        for item in context.items
-        if item.kind != "control"
-    ]
-    assert 0.2 < sum(first) / len(first) < 0.8
+    first: dict[str, list[bool]] = {}
+    for context in made:
+        code = code_of(inputs, context)
+        for item in context.items:
+            if item.kind != "control":
+                right, wrong = (code.index(name.decode().strip()) for name in (item.right, item.wrong))
+                first.setdefault(item.kind, []).append(right < wrong)
+    for kind, found in first.items():
+        assert 0.1 < sum(found) / len(found) < 0.9, kind
+
+
+def test_the_grid(inputs: SuiteInput) -> None:
+    """Four contexts of a short length and one of a long one, two controls each, distances that leave room for text."""
+    found = list(made_contexts(inputs, (2048, 8192), None, 0))
+    assert [context.name for context in found] == ["2048/0", "2048/1", "2048/2", "2048/3", "8192/0"]
+    for context in found[:4]:
+        assert [item.kind for item in context.items].count("control") == 2
+        assert {item.distance for item in context.items if item.distance is not None} == {128, 512}
 
 
 def test_distances_are_about_what_they_say(inputs: SuiteInput, made: list[Context]) -> None:
@@ -91,6 +101,12 @@ def test_distances_are_about_what_they_say(inputs: SuiteInput, made: list[Contex
             measured = inputs.tokenizer.encode(text[last:]).size
             assert abs(measured - item.placed) < 60 + 0.1 * item.placed, (item, measured)
             assert 0.2 * item.distance < item.placed < 2.5 * item.distance, item
+
+
+@pytest.mark.parametrize("distance", [512, 2048])
+def test_declarations_that_stand_nearer_are_allowed_for(made: list[Context], distance: int) -> None:
+    placed = [i.placed for context in made for i in context.items if i.distance == distance and i.placed is not None]
+    assert abs(sum(placed) / len(placed) / distance - 1) < 0.1
 
 
 def enclosing_function(text: str, at: int) -> int:

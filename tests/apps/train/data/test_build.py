@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 
 from apps.train.data import analyse as analyse_module
 from apps.train.data import store as store_module
+from apps.train.data.interrupt import held_back
 from libs.model.text.document import Kind, ReadSection, Role, read_sections
 from libs.model.text.manifest import Manifest
 from libs.model.text.shards import DataDir
@@ -345,24 +347,56 @@ def test_inspect_refuses_a_damaged_directory(
     assert fathom_data("inspect", tmp_path / "nothing") == 2
 
 
-@pytest.mark.parametrize(("number", "delay"), [(signal.SIGINT, 6.0), (signal.SIGTERM, 1.5)])
-def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, delay: float) -> None:
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler of its own."""
+    line = re.search(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.M)
+    return line is not None and bool(int(line[1], 16) >> number - 1 & 1)
+
+
+def has_workers(pid: int) -> bool:
+    """Two, beside multiprocessing's own helper. They may be anywhere in their start."""
+    return len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()) > 2
+
+
+@pytest.mark.parametrize("moment", ["handler", "workers", "writing"])
+def test_a_signal_leaves_nothing_behind(tmp_path: Path, moment: str) -> None:
     source = tmp_path / "src"
     source.mkdir()
     draw = random.Random(0)
-    for i in range(150):
+    for i in range(150 if moment == "workers" else 10):
         lines = "\n".join(f"int f{draw.randrange(10**9)}(int a) {{ return a; }}" for _ in range(600))
         (source / f"{i}.cc").write_text(lines)
     words = ["build", "--source", str(source), "--out", str(tmp_path / "out"), "--window", "64"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "apps.train.data", *words],
+        [sys.executable, "-m", "apps.train.data", *words, "--tokenizer", "bytes"],
         cwd=Path(analyse_module.__file__).parents[3],
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    time.sleep(delay)
+    number = signal.SIGTERM if moment == "handler" else signal.SIGINT
+    come: dict[str, Callable[[], bool]] = {
+        "handler": lambda: catches(process.pid, number),
+        "workers": lambda: has_workers(process.pid),
+        "writing": lambda: any(tmp_path.glob(".out.partial-*")),
+    }
+    while not come[moment]():
+        assert process.poll() is None, "it ended before the signal"
+        time.sleep(0.01)
     os.killpg(process.pid, number) if number is signal.SIGINT else process.send_signal(number)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error.decode()
     assert b"interrupted" in error
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
+
+
+def test_an_interrupt_that_an_import_would_swallow_is_raised_after_it() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        steps = []
+        with pytest.raises(KeyboardInterrupt), held_back():  # noqa: PT012
+            with suppress(BaseException):
+                signal.raise_signal(number)
+                steps.append("imported")
+            steps.append("went on")
+        assert steps == ["imported", "went on"]
+        assert signal.getsignal(signal.SIGINT) is before

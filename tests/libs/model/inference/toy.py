@@ -18,6 +18,7 @@ from libs.model.inference import (
     StatePart,
     StateSlots,
 )
+from libs.model.inference.runner import pieces
 
 VOCAB = 3
 MODULUS = (1 << 61) - 1
@@ -112,13 +113,14 @@ class Engine:
     def prefill(self, request: int, budget: int = 1 << 30) -> bool:
         """One chunk of at most `budget` tokens (at least one step of the grid); whether the prompt is done."""
         run, done = self.running[request], self.kv.length(request)
-        end = min(self.cache.next_stop(request), max((done + budget) // self.grid, done // self.grid + 1) * self.grid)
+        end = min(len(run.prompt), max((done + budget) // self.grid, done // self.grid + 1) * self.grid)
         self.cache.reserve(request, end)
-        tokens = run.prompt[done:end]
-        states = self._forward(request, tokens)
-        if self.recurrent:
-            self._store(run.slot, states[-1])
-        self.cache.completed(request, tokens)
+        for start, stop in pieces(done, end, self.grid):
+            tokens = run.prompt[start:stop]
+            states = self._forward(request, tokens)
+            if self.recurrent:
+                self._store(run.slot, states[-1])
+            self.cache.completed(request, tokens)
         if end == len(run.prompt):
             run.generated.append(self._output(request, end, states[-1]))
         return end == len(run.prompt)

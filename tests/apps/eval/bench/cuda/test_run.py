@@ -15,7 +15,7 @@ from apps.eval.bench.__main__ import main
 from apps.eval.bench.cuda import accuracy, calls, floors, measure, run, summary
 from apps.eval.bench.cuda import plan as plans
 from apps.eval.bench.operands import Operands, Shape
-from apps.eval.bench.receipt import Receipt, read_receipt
+from apps.eval.bench.receipt import Receipt
 from libs.flags.errors import UserError, run_entry
 from libs.kernels.mimo import mamba3_mimo
 from libs.kernels.mimo.sm90.gates import KernelGates
@@ -55,7 +55,7 @@ def bent_gradient(operands: Operands, shape: Shape, chunk_size: int, gates: Kern
 def test_the_receipt_holds_checks_times_floors_and_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     receipt = run_json(capsys, "--receipt-dir", str(tmp_path), "--machine", "Box 1")
     (written,) = tmp_path.glob("*_ops_box-1/receipt.json")
-    assert read_receipt(written) == receipt
+    assert Receipt.model_validate_json(written.read_bytes()) == receipt
     assert receipt.hardware.gpu is not None
     assert receipt.hardware.gpu.driver == "1.2"
     names = [check.name for check in receipt.correctness]

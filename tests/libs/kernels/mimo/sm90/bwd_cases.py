@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from libs.kernels.mimo import MimoState, mamba3_mimo
-from libs.kernels.mimo.sm90.bwd_common import BwdSpec
 from libs.kernels.mimo.sm90.dialect import CpuDialect, CudaDialect
 from libs.kernels.mimo.sm90.gates import KernelGates, Mode
 from libs.kernels.mimo.sm90.inspect import SHARED_PER_BLOCK, Facts, inspect
+from libs.kernels.mimo.sm90.spec import ScanSpec
 from tests.libs.kernels.mimo.sm90.scan_case import OFF, call_kernels, cpu_runs
 from tests.support.mimo import Shape, operands, random_state, relative_error, require_grad
 
@@ -86,10 +86,10 @@ def errors(ask: Question, dialect: CpuDialect, *, splits: int = 1, gates: Kernel
     return {name: relative_error(got[name], want[name]) for name in want}
 
 
-def compiled_for_hopper(kernel: Callable[[CudaDialect, BwdSpec], Any], mode: Mode, N: int, stages: int) -> Facts:
+def compiled_for_hopper(kernel: Callable[[CudaDialect, ScanSpec], Any], mode: Mode, N: int, stages: int) -> Facts:
     """The facts of a backward kernel at the reference shape, once those that hold for both are checked."""
     dialect = CudaDialect(mode)
-    facts = inspect(kernel(dialect, BwdSpec(1, 1024, 16, 1, 4, N, 64, 16, stages=stages)), dialect)
+    facts = inspect(kernel(dialect, ScanSpec(1, 1024, 16, 1, 4, N, 64, 16, stages=stages)), dialect)
     assert facts.spills == 0, facts
     assert facts.lint == (), facts
     assert facts.shared <= SHARED_PER_BLOCK, facts

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from libs.kernels.mimo.sm90 import bwd_launch
-from libs.kernels.mimo.sm90.bwd_common import BwdSpec
 from libs.kernels.mimo.sm90.bwd_fwd import bwd_fwd
 from libs.kernels.mimo.sm90.dialect import CpuDialect
 from libs.kernels.mimo.sm90.gates import Mode
+from libs.kernels.mimo.sm90.spec import ScanSpec
 from tests.libs.kernels.mimo.sm90.bwd_cases import (
     FP64,
     OF_FIRST_KERNEL,
@@ -94,4 +94,4 @@ def test_each_mutant_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_spec_that_does_not_divide_is_our_mistake() -> None:
     with pytest.raises(AssertionError):
-        bwd_fwd(CpuDialect(), BwdSpec(1, 30, 2, 1, 2, 8, 4, 8))
+        bwd_fwd(CpuDialect(), ScanSpec(1, 30, 2, 1, 2, 8, 4, 8))

@@ -56,10 +56,10 @@ def test_each_stage_runs_the_variants_it_names(stage: Psiv, monkeypatch: pytest.
     monkeypatch.setattr(bwd_launch, "launch", spy)
     _forward(require_grad(operands(FULL)), stage).sum().backward()
     specs = {name: spec for name, (spec, _) in ran.items()}
-    assert (specs["make_forward"].psiv, specs["bwd_fwd"].cached_x, specs["bwd_bwd"].cached_x) == WANT[stage]
+    assert (specs["make_forward"].psiv, specs["bwd_fwd"].reads_x, specs["bwd_bwd"].reads_x) == WANT[stage]
     text = {name: script for name, (_, script) in ran.items()}
     assert ("psi[" in text["make_forward"]) == (stage != "python_precompute")
-    assert ("psi[" in text["bwd_fwd"]) == (not specs["bwd_fwd"].cached_x)
+    assert ("psi[" in text["bwd_fwd"]) == (not specs["bwd_fwd"].reads_x)
 
 
 @pytest.mark.parametrize(("stage", "spoilt"), [

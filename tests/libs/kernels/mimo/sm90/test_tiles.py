@@ -10,7 +10,6 @@ from typing import get_args
 import pytest
 
 from libs.flags.errors import UserError
-from libs.kernels.mimo.sm90.bwd_common import BwdSpec
 from libs.kernels.mimo.sm90.gates import MODES, Mode
 from libs.kernels.mimo.sm90.inspect import SHARED_PER_BLOCK
 from libs.kernels.mimo.sm90.spec import ScanSpec
@@ -57,7 +56,7 @@ def test_an_unknown_shape_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"N=96, P=64, R=4, C=16; nearest: N=(64|128), P=64, R=4, C=16; N=(64|128)"):
         tiles("fwd", "ws", TileShape(96, 64, 4, 16))
     with pytest.raises(UserError, match=r"\(bwd_bwd, plain\) for N=64, P=64, R=4, C=32"):
-        planned("bwd_bwd", "plain", BwdSpec(1, 64, 4, 1, 4, 64, 64, 32))
+        planned("bwd_bwd", "plain", ScanSpec(1, 64, 4, 1, 4, 64, 64, 32))
 
 
 def test_too_much_shared_memory_is_refused() -> None:
@@ -74,7 +73,7 @@ def test_planning_changes_resources_and_nothing_else() -> None:
     read = spec._replace(psiv="read")
     assert not planned("fwd", "ws", read).share_x
     assert planned("fwd", "ws", read)._replace(stages=read.stages, min_blocks=0) == read
-    back = BwdSpec(1, 64, 4, 1, 4, 64, 128, 16, cached_x=True)
+    back = ScanSpec(1, 64, 4, 1, 4, 64, 128, 16, psiv="read", stages=1)
     wide = planned("bwd_bwd", "ws", back)
     assert wide.threads == 256
     assert wide._replace(threads=128) == back

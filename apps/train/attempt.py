@@ -88,6 +88,7 @@ def _train_in(session: Session, agreed: Agreed, guard: SignalGuard) -> ExitStatu
             if session.outcome.status == "requeue":
                 sink.on_note(f"go on with: fathom train --resume {session.run_dir}")
     finally:
+        run.loader.close()
         for sink in run.sinks:
             sink.close()
     return session.outcome.exit_code

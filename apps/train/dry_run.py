@@ -6,7 +6,7 @@ Not a measurement: nothing is allocated and no data is read.
 from __future__ import annotations
 
 import sys
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from rich.console import Console
@@ -14,7 +14,8 @@ from rich.table import Table
 
 from apps.train.config import TrainConfig
 from apps.train.facts import Machine, facts_of, rank_model, rank_tokens, step_memory
-from apps.train.lane import host_memory
+from apps.train.fp8 import fp8_plan_line
+from apps.train.lane import XLA_RUNTIMES, host_memory
 from libs.flags.environment import fathom_variables
 from libs.flags.errors import ExitStatus, UserError
 from libs.flags.facts import Facts
@@ -24,9 +25,11 @@ from libs.kernels.mimo.capabilities import HOPPER
 from libs.model import HybridLM, flops_per_token, parameter_count
 from libs.model.communication import step_communication
 from libs.model.flops import ParameterCount
+from libs.model.fp8 import fp8_elements
 from libs.model.memory import MemoryEstimate
 from libs.model.sharding import check_tensor_parallel, shard_rules
 from libs.parallel.mesh import Layout
+from libs.parallel.xla.topology import MeshShape, slice_of
 
 MIB, GIB = 2**20, 2**30
 # What a process can have of the device's memory, rounded down, by the name the driver gives the device.
@@ -49,13 +52,16 @@ class Target(NamedTuple):
 
 
 def target_device(config: TrainConfig) -> Target:
-    """train.device_memory if stated, else the memory of a known train.device_name, else of this machine.
+    """train.device_memory if stated, else the memory of a known train.device_name, of a chip of the TPU slice that
+    `[xla]` asks for, or of this machine.
 
     Raises:
-        UserError: a device that is not here and whose memory is not stated.
+        UserError: a device that is not here and whose memory is not stated, or a slice that is not known.
     """
     settings = config.train
     name = settings.device_name or ("this machine" if settings.device != "cuda" else "the CUDA device")
+    if settings.device in XLA_RUNTIMES and settings.device_memory is None:
+        return _xla_target(config)
     known = (CAPABILITY, MULTIPROCESSORS) if name in DEVICE_MEMORY else (None, None)
     if settings.device_memory is not None:
         return Target(name, int(settings.device_memory), "train.device_memory", *known)
@@ -75,6 +81,19 @@ def target_device(config: TrainConfig) -> Target:
     if settings.device == "cuda":
         raise UserError("no CUDA device is here: state what to plan for with --train.device_memory 80GB")
     return Target("this machine", host_memory().total, "all memory of this machine")
+
+
+def _xla_target(config: TrainConfig) -> Target:
+    chips = _xla_mesh(config).chips
+    if config.train.device == "xla":
+        return Target("this machine", host_memory().total // chips, f"shared by {chips} virtual devices")
+    found = slice_of(chips)
+    source = f"one of {found.chips} chips of {found.name}: what a program can have of it"
+    return Target(found.chip.name, found.chip.usable_bytes, source)
+
+
+def _xla_mesh(config: TrainConfig) -> MeshShape:
+    return MeshShape(config.xla.data, config.xla.fsdp, config.xla.tensor)
 
 
 def dry_run(config: TrainConfig) -> ExitStatus:
@@ -114,7 +133,11 @@ def dry_run(config: TrainConfig) -> ExitStatus:
     _print_line(
         out, f"most is held in {memory.at}; not in it: what allocators, BLAS and collectives keep for themselves"
     )
-    if layout.world_size > 1:
+    if config.parallel.fp8_recipe is not None:
+        _print_line(out, fp8_plan_line(config, layout))
+    if machine.on_xla is not None:
+        _print_line(out, "by the formula of the other lanes' operators; the compiler's own figure: --aot SLICE")
+    elif layout.world_size > 1:
         out.print(_communication(config, machine, layout))
     _print_line(out, f"{target.name}: {_size(target.memory_bytes)} ({target.source}): {_verdict(needed, target)}")
     if cache:
@@ -130,11 +153,16 @@ def planned_layout(config: TrainConfig) -> Layout:
         UserError: a tp that cannot shard the model, or micro-batches that the replicas cannot share.
     """
     parallel, windows = config.parallel, config.data.windows_per_batch
-    layout = Layout(parallel.dp or 1, parallel.cp, parallel.tp)
+    layout, rows_cut_by = Layout(parallel.dp or 1, parallel.cp, parallel.tp), "parallel.dp"
+    if config.train.device in XLA_RUNTIMES:
+        # One process drives all chips; each has its rows, and its cut of a layer where there is a tensor axis.
+        mesh = _xla_mesh(config)
+        layout, rows_cut_by = Layout(mesh.data * mesh.fsdp, 1, mesh.tensor), "xla.data * xla.fsdp"
     check_tensor_parallel(config.model.architecture(), layout.tp)
     if windows % layout.dp:
         raise UserError(
-            f"data.windows_per_batch = {windows} cannot be shared by parallel.dp = {layout.dp} replicas; use a multiple"
+            f"data.windows_per_batch = {windows} cannot be shared by {rows_cut_by} = {layout.dp} replicas; "
+            "use a multiple"
         )
     return layout
 
@@ -156,6 +184,8 @@ def _communication(config: TrainConfig, machine: Machine, layout: Layout) -> Tab
         micro_batches=config.train.grad_accumulation,
         dtype_bytes=2 if machine.bf16 else 4,
         recompute=config.train.activation_checkpointing == "block",
+        gradients_whole=config.parallel.engine != "megatron",
+        fp8_elements=fp8_elements(config.model.architecture(), layout.tp) if config.parallel.fp8_recipe else 0,
     )
     total = sum(sent.values())
     rows = {name: _size(nbytes, total) for name, nbytes in sent.items()}
@@ -202,10 +232,13 @@ def planned_machine(config: TrainConfig, target: Target) -> Machine:
     """The target as the gates ask about it."""
     device, precision = config.train.device, config.train.precision
     on_gpu = device == "cuda" or (device == "auto" and target.name.startswith("NVIDIA"))
+    on_xla: Literal["tpu", "xla"] | None = "tpu" if device == "tpu" else "xla" if device == "xla" else None
     return Machine(
         on_gpu=on_gpu,
+        on_xla=on_xla,
         name=target.name,
-        bf16=precision == "bf16" or (precision == "auto" and on_gpu),
+        bf16=precision == "bf16" or (precision == "auto" and (on_gpu or on_xla == "tpu")),
+        device_count=None if on_xla is None else _xla_mesh(config).chips,
         memory_bytes=target.memory_bytes,
         compute_capability=target.compute_capability,
         multiprocessors=target.multiprocessors,
@@ -220,7 +253,8 @@ def planned_backend(requested: str, machine: Machine) -> str:
     """
     if requested != HOPPER:
         try:
-            return choose_backend(requested, "cpu").value  # the others run everywhere
+            # The others run everywhere, but for those of XLA.
+            return choose_backend(requested, "cpu" if machine.on_xla is None else "xla").value
         except ValueError as error:
             raise UserError(f"train.mimo_backend: {error}") from error
     if machine.compute_capability is None or machine.compute_capability[0] != CAPABILITY[0]:

@@ -5,7 +5,8 @@ Not for what engines do (libs.parallel.data, libs.parallel.megatron_engine).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
@@ -13,11 +14,15 @@ from apps.train.config import ParallelSection, TrainConfig
 from apps.train.lane import Lane
 from apps.train.optim import AnyOptimizer, build_optimizer
 from libs.flags.errors import UserError
+from libs.flags.installed import value_of
 from libs.kernels.backend import Choice
 from libs.model import HybridLM, no_decay
 from libs.model.block import ResidualBlock
+from libs.model.fp8 import to_fp8
 from libs.model.sharding import model_partitions, shard_rules
 from libs.parallel.data import Engine, TorchEngine
+from libs.parallel.fp8 import GATE, Fp8, Fp8Weights, Word
+from libs.parallel.fp8_built import FirstUpdate
 from libs.parallel.mesh import Groups
 
 if TYPE_CHECKING:
@@ -25,11 +30,14 @@ if TYPE_CHECKING:
 
 
 class Built(NamedTuple):
-    """optimizer: what checkpoints save and restore; the engine updates with it."""
+    """optimizer: what checkpoints save and restore; the engine updates with it. first_update: called when the weights
+    are those that training begins with, watches what the first update makes of them; None: there is nothing to watch.
+    """
 
     engine: Engine
     optimizer: AnyOptimizer
     choice: Choice
+    first_update: Callable[[], FirstUpdate | None] | None = None
 
 
 def refuse_engine(parallel: ParallelSection, lane: Lane) -> None:
@@ -78,10 +86,22 @@ def _on_xla(model: HybridLM, optimizer: torch.optim.Optimizer, groups: Groups, x
 
 def _megatron(config: TrainConfig, model: HybridLM, groups: Groups, sharded: set[str]) -> Built:
     # Imports megatron.core, which takes seconds and nobody else needs.
-    from libs.parallel.megatron_engine import Adam, MegatronEngine
+    from libs.parallel.megatron_engine import MegatronEngine
+    from libs.parallel.megatron_setup import Adam
 
     settings = config.optim
     adam = Adam(settings.lr, (settings.beta1, settings.beta2), settings.eps, settings.weight_decay, no_decay)
     blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
-    engine = MegatronEngine(model, adam, groups, sharded, blocks=blocks)
-    return Built(engine, engine, Choice("megatron", f"requested by name: {engine.describe}"))
+    fp8 = _fp8_weights(config, model, groups)
+    engine = MegatronEngine(model, adam, groups, sharded, blocks=blocks, fp8=fp8)
+    how = "" if fp8 is None else f"; {len(fp8.names)} FP8 parameters, recipe {fp8.asked.recipe}"
+    return Built(engine, engine, Choice("megatron", f"requested by name: {engine.describe}{how}"), engine.first_update)
+
+
+def _fp8_weights(config: TrainConfig, model: HybridLM, groups: Groups) -> Fp8Weights | None:
+    """Large linears replaced by FP8 ones, where the gate is in force."""
+    word, recipe = value_of(GATE), config.parallel.fp8_recipe
+    if word == "off":
+        return None
+    assert recipe is not None, "the gate needs a recipe"
+    return to_fp8(model, model.config, groups.tp.size, Fp8(cast(Word, word), recipe))

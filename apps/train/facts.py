@@ -19,6 +19,7 @@ from libs.kernels.loss.liger_selftest import self_test_if_asked
 from libs.kernels.mimo import choose_backend
 from libs.kernels.mimo.capabilities import HOPPER, NOTHING, Geometry, capabilities
 from libs.model.config import MixerConfig, ModelConfig
+from libs.model.fp8 import fp8_elements, fp8_linears
 from libs.model.memory import MemoryEstimate, memory_estimate
 from libs.model.pattern import LayerKind
 from libs.model.scan_layers import loopable
@@ -92,20 +93,29 @@ def rank_tokens(config: TrainConfig, layout: Layout) -> int:
 
 
 def step_memory(config: TrainConfig, machine: Machine, layout: Layout = ALONE) -> MemoryEstimate:
-    """Of one training step on one rank, by formula, without what a gate adds."""
+    """Of one training step on one rank, by formula, without what a gate adds. On XLA of one chip: its rows, and its cut
+    of parameters, gradients and moments; by the formula of the other lanes' operators (the compiler's own is `--aot`).
+    """
     buffers = config.parallel.engine == "megatron"
     shards = config.parallel.shard_optimizer or buffers
-    return memory_estimate(
+    in_fp8 = 0 if config.parallel.fp8_recipe is None else fp8_elements(config.model.architecture(), layout.tp)
+    estimate = memory_estimate(
         rank_model(config, layout),
         tokens=rank_tokens(config, layout),
         dtype_bytes=2 if machine.bf16 else 4,
         optimizer="adamw",
         activation_checkpointing=config.train.activation_checkpointing,
-        device_type="cuda" if machine.on_gpu else "cpu",
+        device_type="cuda" if machine.on_gpu else "cpu" if machine.on_xla is None else "xla",
         token_shards=layout.tp if config.parallel.sequence_parallel else 1,
         optimizer_shards=layout.dp * layout.cp if shards else 1,
         gradients_kept=buffers or config.train.grad_accumulation > 1,
+        fp8_parameters=in_fp8,
     )
+    if machine.on_xla is None:
+        return estimate
+    cut = {name: estimate.by_component[name] // config.xla.fsdp for name in ("parameters", "optimizer", "gradients")}
+    components = estimate.by_component | cut
+    return estimate._replace(by_component=components, total=sum(components.values()))
 
 
 def gather_facts(config: TrainConfig, lane: Lane, layout: Layout = ALONE) -> Facts:
@@ -153,7 +163,8 @@ def facts_of(config: TrainConfig, machine: Machine, backend: str, layout: Layout
         batch_heads=None if mixer is None else mixer.nheads,
         bf16=machine.bf16,
         distributed_optimizer=config.parallel.engine == "megatron",
-        te_linears=0,  # every parameter is fp32 under autocast, in every engine
+        fp8_recipe=config.parallel.fp8_recipe,
+        te_linears=len(fp8_linears(config.model.architecture(), layout.tp)),
         tensor_parallel=layout.tp,
         activation_checkpointing=config.train.activation_checkpointing,
         mtp_depth=config.model.mtp_depth,

@@ -56,8 +56,17 @@ class Lane(NamedTuple):
         tokens, labels, cu_seqlens = batch.tokens, batch.labels, batch.cu_seqlens
         if self.xla is None:
             return Placed(tokens.to(self.device), labels.to(self.device), cu_seqlens.to(self.device))
+        moved = batch.moved or self._rows(batch)
+        return Placed(*moved, cu_seqlens)
+
+    def move(self, batch: Batch) -> Batch:
+        """The batch with its tokens on the XLA device already; from any thread."""
+        return batch._replace(moved=self._rows(batch))
+
+    def _rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        assert self.xla is not None, "one row for all windows elsewhere"
         rows = len(batch.window_ids)
-        return Placed(self.xla.rows(tokens.view(rows, -1)), self.xla.rows(labels.view(rows, -1)), cu_seqlens)
+        return self.xla.rows(batch.tokens.view(rows, -1)), self.xla.rows(batch.labels.view(rows, -1))
 
     def autocast(self) -> AbstractContextManager[object]:
         """Matrix products in bf16 with fp32 weights, or nothing."""

@@ -22,6 +22,7 @@ from apps.train.kernels import KernelWatch
 from apps.train.lane import Lane
 from apps.train.metrics import StepClock, bits_per_byte, mean_context, mfu, peak_memory_bytes
 from apps.train.optim import AnyOptimizer
+from apps.train.prefetch import Prefetcher
 from apps.train.save import Saved, TrainerState, checkpoint_dir, prune, rng_state
 from apps.train.schedule import learning_rate
 from apps.train.session import Outcome, Session, report_signal
@@ -43,7 +44,9 @@ from libs.model import HybridLM, flops_per_token
 from libs.model.checkpoint import checkpoint_step
 from libs.parallel.data import Engine
 from libs.parallel.exchange import gather_numbers
+from libs.parallel.fp8_built import FirstUpdate
 from libs.parallel.mesh import Groups
+from libs.parallel.together import together
 
 
 @dataclass
@@ -63,7 +66,8 @@ class Progress:
 
 @dataclass
 class Run:
-    """Everything a run works with, built by start.py."""
+    """Everything a run works with, built by start.py. first_update: until the first update of the attempt, where there
+    is something to check after it."""
 
     session: Session
     guard: SignalGuard
@@ -74,12 +78,13 @@ class Run:
     model: HybridLM
     optimizer: AnyOptimizer
     engine: Engine
-    loader: BatchLoader
+    loader: BatchLoader | Prefetcher
     validation: ValidationSet
     kernels: KernelWatch
     sinks: Sequence[Sink]
     progress: Progress
     first_step: int
+    first_update: FirstUpdate | None = None
 
     @property
     def config(self) -> TrainConfig:
@@ -192,6 +197,11 @@ def one_step(run: Run) -> None:
     )
     if result.nonfinite is not None:
         _stop_or_skip(run, result, batches, cursor_before, rng_before)
+    elif run.first_update is not None:
+        run.engine.settle()
+        with together(run.groups.world, "the check after the first update"):
+            run.first_update.refuse_unless_trained(result.losses.loss)
+        run.first_update = None
     progress.step += 1
     run.kernels.report("step", progress.step)
     progress.tokens_total += result.losses.tokens

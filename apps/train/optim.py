@@ -66,17 +66,19 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 class HeldState(NamedTuple):
     """What one rank writes of an optimizer. parts: into how many files the state of one tensor-parallel rank goes.
-    copied: nobody changes these tensors any more."""
+    copied: nobody changes these tensors any more. weights: in place of the model's parameters, which hold less."""
 
     tensors: dict[str, Tensor]
     parts: int
     copied: bool = False
+    weights: dict[str, Tensor] | None = None
 
 
 def held_state(model: nn.Module, optimizer: AnyOptimizer, groups: Groups) -> HeldState:
     """What this rank is to write; ranks with the same parameters write them once. A collective for `PiecedState`."""
     if not isinstance(optimizer, torch.optim.Optimizer):
-        return HeldState(optimizer.collect_state(), groups.dp_cp.size, copied=True)
+        weights = optimizer.collect_weights() if optimizer.owns_weights else None
+        return HeldState(optimizer.collect_state(), groups.dp_cp.size, copied=True, weights=weights)
     parts = groups.dp_cp.size if isinstance(optimizer, ZeroRedundancyOptimizer) else 1
     writes = groups.dp_cp.rank == 0 or parts > 1
     return HeldState(optimizer_tensors(model, optimizer) if writes else {}, parts)
@@ -89,7 +91,11 @@ def load_optimizer_tensors(model: nn.Module, optimizer: AnyOptimizer, tensors: M
         UserError: a tensor of an unknown parameter, one of another shape, or some parameters without state.
     """
     parameters = dict(model.named_parameters())
-    expected = {f"{part}/{name}" for part in STATE_PARTS for name, p in parameters.items() if p.requires_grad}
+    if isinstance(optimizer, torch.optim.Optimizer):
+        names = [name for name, p in parameters.items() if p.requires_grad]
+    else:
+        names = list(optimizer.names)
+    expected = {f"{part}/{name}" for part in STATE_PARTS for name in names}
     if tensors and set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)
         raise UserError(f"optimizer state does not belong to this model: {len(odd)} names differ, first {odd[0]!r}")

@@ -18,6 +18,7 @@ import torch
 from apps.train.arguments import DEFAULT_RECIPE, Arguments, after_restart, resolve_arguments, resolve_settings
 from apps.train.engine import refuse_engine, wants_process_group
 from apps.train.facts import gather_facts
+from apps.train.fp8 import settle_fp8
 from apps.train.hooks import refuse_missing_sinks
 from apps.train.lane import Lane, choose_lane
 from apps.train.origins import Resolved, flat_values
@@ -77,7 +78,7 @@ def prepare(arguments: Arguments, this: Launch) -> Setup:
     refuse_missing_sinks(config.log)
     lane = choose_lane(config.train, this.local_rank, config.xla)
     refuse_engine(config.parallel, lane)
-    gates = gates_or_refusal(gather_facts(config, lane, layout))
+    gates = settle_fp8(gates_or_refusal(gather_facts(config, lane, layout)), config, layout)
     corpus = open_corpus(config) if isinstance(gates, GateSet) else None
     return Setup(identity, resolved, layout, lane, gates, corpus)
 

@@ -40,7 +40,7 @@ from libs.model.checkpoint import (
     verify_checkpoint,
 )
 from libs.model.shard_files import LocalTensors, read_layout
-from libs.model.weights import load_parameters
+from libs.model.weights import load_parameters, read_parameters
 from libs.parallel.mesh import Groups, single
 from libs.parallel.together import everyones, first_does, run_together
 
@@ -313,6 +313,19 @@ def restore_model(checkpoint: Path, model: HybridLM, groups: Groups | None = Non
     """
     world = (single() if groups is None else groups).world
     run_together(world, f"reading the weights of {checkpoint}", lambda: load_parameters(checkpoint, model))
+
+
+def restore_weights(checkpoint: Path, model: HybridLM, optimizer: AnyOptimizer, groups: Groups) -> None:
+    """The same for a run: into the optimizer that owns the weights where one does, and through it into the model.
+
+    Raises:
+        UserError: as `restore_model`.
+    """
+    if isinstance(optimizer, torch.optim.Optimizer) or not optimizer.owns_weights:
+        restore_model(checkpoint, model, groups)
+        return
+    what = f"reading the weights of {checkpoint}"
+    optimizer.restore_weights(run_together(groups.world, what, lambda: read_parameters(checkpoint, model)))
 
 
 def restore_optimizer(checkpoint: Path, model: HybridLM, optimizer: AnyOptimizer, groups: Groups | None = None) -> None:

@@ -65,7 +65,10 @@ def take_snapshot(
     def on_host(tensors: dict[str, Tensor], copy: bool) -> dict[str, Tensor]:
         return {name: tensor.detach().to("cpu", copy=copy) for name, tensor in tensors.items()}
 
-    weights = on_host(dict(model.named_parameters()), copy) if groups.dp_cp.rank == 0 else {}
+    if optimizer.weights is not None:
+        weights = optimizer.weights
+    else:
+        weights = on_host(dict(model.named_parameters()), copy) if groups.dp_cp.rank == 0 else {}
     moments = on_host(optimizer.tensors, copy and not optimizer.copied)
     return Snapshot(model, weights, moments, optimizer.parts, tokenizer_file, state_json, groups)
 

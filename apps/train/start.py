@@ -20,14 +20,15 @@ from apps.train.hooks import Sink, open_sinks
 from apps.train.kernels import KernelWatch
 from apps.train.lane import Lane, set_threads
 from apps.train.loop import Progress, Run
+from apps.train.prefetch import Prefetcher
 from apps.train.save import (
     TrainerState,
     choose_checkpoint,
     committed_steps,
     read_state,
     remove_unfinished,
-    restore_model,
     restore_optimizer,
+    restore_weights,
     set_aside_later,
     set_rng_state,
 )
@@ -152,10 +153,10 @@ def assemble(
             cursor=None if state is None else state.cursor,
         )
     # Outside of `together`: a sharded optimizer is built by all replicas in one exchange.
-    engine, optimizer, engine_choice = build_engine(config, model, groups, lane.xla)
+    engine, optimizer, engine_choice, watch = build_engine(config, model, groups, lane.xla)
     progress = Progress()
     if restored is not None:
-        restore_model(restored.path, model, groups)
+        restore_weights(restored.path, model, optimizer, groups)
         restore_optimizer(restored.path, model, optimizer, groups)
         progress = _restore_progress(session, restored, groups)
         if alone:  # with several ranks each has a seed of its own, and nothing draws from it
@@ -175,12 +176,13 @@ def assemble(
         model=model,
         optimizer=optimizer,
         engine=engine,
-        loader=loader,
+        loader=loader if lane.xla is None else Prefetcher(loader, lane.move),
         validation=corpus.validation,
         kernels=_watch(session, lane, None if scan is None else scan.value),
         sinks=_sinks(session, groups, progress),
         progress=progress,
         first_step=progress.step,
+        first_update=None if watch is None else watch(),
     )
 
 

@@ -25,13 +25,24 @@ def _one_way(nbytes: float, p: int) -> float:
 
 
 def step_communication(
-    config: ModelConfig, layout: Layout, *, tokens: int, micro_batches: int, dtype_bytes: int, recompute: bool
+    config: ModelConfig,
+    layout: Layout,
+    *,
+    tokens: int,
+    micro_batches: int,
+    dtype_bytes: int,
+    recompute: bool,
+    gradients_whole: bool,
+    fp8_elements: int = 0,
 ) -> dict[str, int]:
-    """Bytes sent by one rank: "tp layers", "tp embedding and head", "cp scan", "cp attention", "dp gradients".
+    """Bytes sent by one rank: "tp layers", "tp embedding and head", "cp scan", "cp attention", "dp gradients" and "dp
+    parameters".
 
     Args:
         config: the whole model. tokens: of a micro-batch on one rank. dtype_bytes: of activations inside a layer (2
-            under autocast). recompute: blocks run their forward twice (activation checkpointing).
+            under autocast). recompute: blocks run their forward twice (activation checkpointing). gradients_whole:
+            every replica gets all of them (torch's engine), not the part that it updates (Megatron's).
+            fp8_elements: of a rank's parameters, those gathered as bytes; all others are fp32.
 
     Sequence parallelism sends the same bytes as an all-reduce does. Under tp a layer's input comes in fp32, since norms
     keep the dtype of the residual stream.
@@ -50,8 +61,13 @@ def step_communication(
         "cp attention": kinds.count(LayerKind.ATTENTION) * _keys(config, layout, tokens, dtype_bytes) * (passes + 1),
     }
     of_rank = parameter_count(local_config(config, tp)).total
-    gradients = 2 * _one_way(of_rank * FP32, layout.dp * cp)
-    return {name: round(nbytes * micro_batches) for name, nbytes in once.items()} | {"dp gradients": round(gradients)}
+    replicas = layout.dp * cp
+    per_step = {
+        "dp gradients": _one_way(of_rank * FP32, replicas) * (2 if gradients_whole else 1),
+        "dp parameters": _one_way((of_rank - fp8_elements) * FP32 + fp8_elements, replicas),
+    }
+    sent = {name: nbytes * micro_batches for name, nbytes in once.items()} | per_step
+    return {name: round(nbytes) for name, nbytes in sent.items()}
 
 
 def _handover(config: ModelConfig, layout: Layout) -> float:

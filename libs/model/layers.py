@@ -6,9 +6,9 @@ Not a place for blocks themselves: those are `mixer`, `attention`, `mlp` and `bl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,10 @@ class Projection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, sum_gradient(self.weight, self.summed_over))
+
+    def segments(self, x: Tensor, widths: Sequence[int]) -> tuple[Any, ...]:
+        """The output as consecutive tensors of these widths: what the caller of a packed projection wants."""
+        return torch.split(self(x), list(widths), dim=-1)
 
     def reset_parameters(self) -> None:
         """Nothing: see `libs.model.init`."""

@@ -22,6 +22,7 @@ from libs.model.pattern import LayerKind
 # Bytes of optimizer state per parameter: AdamW keeps two fp32 moments, SGD without momentum nothing.
 OPTIMIZER_BYTES = {"adamw": 8, "sgd": 0}
 FP32 = 4
+FP8_BOTH_WAYS = 2  # Hopper multiplies FP8 along rows only, so a weight is held transposed too
 
 
 class MemoryEstimate(NamedTuple):
@@ -198,10 +199,11 @@ def memory_estimate(
     token_shards: int = 1,
     optimizer_shards: int = 1,
     gradients_kept: bool = True,
+    fp8_parameters: int = 0,
 ) -> MemoryEstimate:
     """Peak bytes of one training step on one device: of the whole model, or of a rank's `sharding.local_config`.
 
-    Parameters, gradients and moments are fp32; the scan is the chunked one.
+    Gradients and moments are fp32, and parameters but for `fp8_parameters`; the scan is the chunked one.
 
     Args:
         tokens: of one micro-batch on the device. dtype_bytes: of activations (2 under bf16 autocast, else 4).
@@ -210,6 +212,8 @@ def memory_estimate(
             share the optimizer's state.
         gradients_kept: all gradients are there from the start of a backward, as with several micro-batches or an engine
             with buffers of its own; otherwise each comes with its layer's backward.
+        fp8_parameters: how many of the parameters are FP8, in rows and in columns; their fp32 values are then a part of
+            the optimizer's state. What FP8 saves of activations and autocast's copies is not counted.
 
     Raises:
         UserError: an optimizer whose state is not known.
@@ -222,7 +226,11 @@ def memory_estimate(
     assert parameters == sum(stage.parameters for stage in stages), "every parameter belongs to one stage"
     if activation_checkpointing == "block":
         stages = [_recomputed(stage, sizes.stream(config.hidden_size)) for stage in stages]
-    always = {"parameters": parameters * FP32, "optimizer": parameters * OPTIMIZER_BYTES[optimizer] // optimizer_shards}
+    state = parameters * OPTIMIZER_BYTES[optimizer] + fp8_parameters * FP32
+    always = {
+        "parameters": (parameters - fp8_parameters) * FP32 + fp8_parameters * FP8_BOTH_WAYS,
+        "optimizer": state // optimizer_shards,
+    }
     at, held = max(_moments(stages, gradients_kept), key=lambda moment: sum(moment[1].values()))
     by_component = always | held
     return MemoryEstimate(by_component, sum(by_component.values()), at)

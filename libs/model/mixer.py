@@ -82,7 +82,7 @@ class MambaMixer(nn.Module):
                 f"mixer parameters {', '.join(FP32_PARAMETERS)} must stay fp32, got {self.dt_bias.dtype}; "
                 "cast a model with libs.model.cast_model, not with .to(dtype)"
             )
-        z, x, b, c, dd_dt, dd_a, trap = self.in_proj(u_BSD).split(cfg.packed_widths, dim=-1)
+        z, x, b, c, dd_dt, dd_a, trap = self.in_proj.segments(u_BSD, cfg.packed_widths)
         grn = (cfg.ngroups, cfg.mimo_rank, cfg.d_state)
         k_BSRGN = self.B_norm(b.unflatten(-1, grn)).transpose(2, 3)
         q_BSRGN = self.C_norm(c.unflatten(-1, grn)).transpose(2, 3)

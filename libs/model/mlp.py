@@ -22,11 +22,12 @@ class GatedMlp(nn.Module):
         super().__init__()
         if parallel is not None:
             config = local_mlp(config, parallel.tp.size)
+        self.width = config.width
         self.gate_up = Projection(hidden_size, 2 * config.width)
         self.down = Projection(config.width, hidden_size, role="output")
 
     def forward(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
-        gate_BSW, up_BSW = self.gate_up(x_BSD).chunk(2, dim=-1)
+        gate_BSW, up_BSW = self.gate_up.segments(x_BSD, (self.width, self.width))
         out: Tensor = self.down(F.silu(gate_BSW) * up_BSW)
         return out
 

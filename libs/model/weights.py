@@ -148,10 +148,19 @@ def load_parameters(directory: Path, model: HybridLM) -> None:
     Raises:
         UserError: nothing saved there, damaged files, or another model, with both values.
     """
+    tensors = read_parameters(directory, model)
+    _check_tensors(tensors, model, directory)
+    model.load_state_dict(tensors, strict=True)
+
+
+def read_parameters(directory: Path, model: HybridLM) -> dict[str, Tensor]:
+    """Saved weights as a rank of this model's layout holds them: by the names of `HybridLM`, on the host.
+
+    Raises:
+        UserError: as `load_parameters`, but for shapes that do not fit.
+    """
     check_identity(read_config(directory), model.config, directory)
     rank, size = (0, 1) if model.parallel is None else (model.parallel.tp.rank, model.parallel.tp.size)
     files = [directory / name for name in read_layout(directory).weights]
     local = LocalTensors(files, model.config, rank, size)
-    tensors = {name: local[name] for name in local}
-    _check_tensors(tensors, model, directory)
-    model.load_state_dict(tensors, strict=True)
+    return {name: local[name] for name in local}

@@ -58,6 +58,20 @@ class PiecedState(Protocol):
     def restore_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the pieces this rank holds out of all parameters' state. No collective."""
 
+    @property
+    def names(self) -> Collection[str]:
+        """Of all parameters, as checkpoints have them: those of `HybridLM`, whatever the model's own are."""
+
+    @property
+    def owns_weights(self) -> bool:
+        """Whether the weights of a checkpoint are to be had here, in fp32, and not from the model's parameters."""
+
+    def collect_weights(self) -> dict[str, Tensor]:
+        """All parameters in fp32, on the host of the first rank that holds them, empty on others. A collective."""
+
+    def restore_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take weights of a checkpoint: the pieces held here, and the model's parameters. A collective."""
+
 
 def buckets(tensors: Sequence[Tensor], limit: int = BUCKET_BYTES) -> Iterator[list[Tensor]]:
     """Consecutive tensors of one dtype and device, at most `limit` bytes together (or one larger tensor)."""

@@ -1,33 +1,51 @@
-"""Whether FP8 parameters can be gathered here: every precondition, checked before a model exists, all failures at once.
+"""FP8 parameters: what a run asks for, what a model of them is, and how either is refused.
 
-megatron-core 0.16.1 checks almost none of them and trains in bf16 instead: its TE classes are mocks where
-transformer-engine is missing, and a misspelt recipe is accepted. Not for the model that was built (see `fp8_built`).
+In order: `fp8_ready` before a model exists, with what `fp8_probe` found here; `fp8_linear` makes the parameters;
+`fp8_built` looks at the model that was built, and at what its first step did.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
-import torch
+from torch import Tensor
 
 from libs.flags.catalog import CATALOG
-from libs.flags.environment import allowed_variables
 from libs.flags.errors import GateRefused, Refusal
-from libs.flags.facts import Facts
 
 GATE = "fp8_param_gather"
 Word = Literal["on", "on_untried_te"]
 FORMATS = ("e4m3", "hybrid")
-RECIPES = ("delayed", "tensorwise", "blockwise")  # of those that megatron-core knows, the ones of sm_90
-_BLOCKWISE_CUDA = (12, 9)
-_CUDNN = (9, 12)
-_CAPABILITY = (9, 0)
-_WIDTH_MULTIPLE, _TOKEN_MULTIPLE = 16, 8  # what TE's assert_dim_for_fp8_exec wants of a matrix product
-_TE = "transformer-engine"
-_TE_PARTS = (_TE, "transformer-engine-torch", "transformer-engine-cu12", "transformer-engine-cu13")
+# Of those that megatron-core knows, the ones of sm_90 that keep no state from step to step.
+RECIPES = ("tensorwise", "blockwise")
+# What TE's assert_dim_for_fp8_exec wants of widths, and megatron-core's get_fp8_align_size of tokens.
+WIDTH_MULTIPLE = TOKEN_MULTIPLE = 16
+
+
+class Fp8(NamedTuple):
+    """What was asked for. word: the gate's value. recipe: how tensors are scaled on their way to FP8."""
+
+    word: Word
+    recipe: str
+
+    @property
+    def format(self) -> str:
+        """e4m3 throughout where each block has a scale of its own; else gradients get the range of e5m2."""
+        return "e4m3" if self.recipe == "blockwise" else "hybrid"
+
+
+class Fp8Weights(NamedTuple):
+    """Of a model whose large linears are transformer-engine's.
+
+    names: its FP8 parameters. parts: {parameter as checkpoints know it: the model's parameters that are its rows, in
+    order}. initial: values of those in fp32, which FP8 parameters no longer have.
+    """
+
+    asked: Fp8
+    names: frozenset[str]
+    parts: Mapping[str, tuple[str, ...]]
+    initial: Mapping[str, Tensor]
 
 
 class Finding(NamedTuple):
@@ -45,267 +63,15 @@ class Linear(NamedTuple):
     out_features: int
 
 
-class Environment(NamedTuple):
-    """What the machine and its packages offer. `probe` fills it; None means absent.
-
-    te_versions: the parts of transformer-engine that are installed. te_error: why it cannot be imported.
-    te_recipes: TE's own reason against a recipe, by recipe. te_adam: the distributed optimizer uses TE's FusedAdam.
-    """
-
-    cuda: bool
-    hip: bool
-    device_name: str | None
-    capability: tuple[int, int] | None
-    toolkit: tuple[int, int] | None
-    cudnn: tuple[int, int] | None
-    te_versions: Mapping[str, str]
-    te_error: str | None
-    te_recipes: Mapping[str, str]
-    megatron_has_te: bool
-    te_adam: bool
-    max_connections: str | None
-
-
-class Plan(NamedTuple):
-    """What a run would do. The three configs are megatron-core's own objects.
-
-    word: the gate's value. linears: those that get FP8 parameters. tokens_per_gemm: rows of one matrix product, that is
-    sequence (per context-parallel rank) times micro-batch. checkpoint_sharding: `distrib_optim_sharding_type`.
-    """
-
-    word: Word
-    transformer: Any
-    ddp: Any
-    optimizer: Any
-    linears: Sequence[Linear]
-    tokens_per_gemm: int
-    tp: int
-    cp: int
-    checkpoint_sharding: str | None
-
-
-def refuse_unless_ready(plan: Plan, environment: Environment) -> None:
-    """Pass, or refuse with everything that is missing.
-
-    Raises:
-        GateRefused: one refusal that lists every failed precondition with its remedy.
-    """
-    refuse(tuple(findings(plan, environment)), plan.word)
-
-
 def refuse(found: Sequence[Finding], word: Word) -> None:
     """Raise GateRefused if anything was found."""
     if found:
-        remedies = tuple(dict.fromkeys(finding.remedy for finding in found))
-        raise GateRefused(
-            [Refusal(GATE, CATALOG[GATE].variable, word, tuple(finding.failure for finding in found), remedies)]
-        )
+        raise GateRefused([refusal(found, word)])
 
 
-def findings(plan: Plan, environment: Environment) -> Iterator[Finding]:
-    """Every precondition that does not hold: of device, packages, configs, shapes and checkpoint."""
-    yield from _device(plan, environment)
-    yield from _packages(plan, environment)
-    yield from _recipe(plan)
-    yield from _precision(plan)
-    yield from _optimizer(plan, environment)
-    yield from _overlap(plan, environment)
-    yield from _excluded(plan)
-    yield from _shapes(plan)
-
-
-def _device(plan: Plan, env: Environment) -> Iterator[Finding]:
-    if not env.cuda or env.hip:
-        yield Finding(f"needs CUDA, torch has {'HIP' if env.hip else 'no device'}", "run on an H100 or H200")
-    elif env.capability is None or env.capability < _CAPABILITY:
-        shown = "unknown" if env.capability is None else "sm_{}{}".format(*env.capability)
-        yield Finding(f"needs sm_90 or above, {env.device_name} is {shown}", "run on an H100 or H200")
-    recipe = plan.transformer.fp8_recipe
-    if recipe == "blockwise" and (env.toolkit is None or env.toolkit < _BLOCKWISE_CUDA):
-        yield Finding(f"recipe blockwise needs CUDA 12.9 or later, torch has {_dotted(env.toolkit)}", "use tensorwise")
-    if recipe in env.te_recipes:
-        yield Finding(
-            f"transformer-engine refuses recipe {recipe} here: {env.te_recipes[recipe]}", "use another recipe"
-        )
-
-
-def _packages(plan: Plan, env: Environment) -> Iterator[Finding]:
-    facts = Facts(packages={name: version for name, version in env.te_versions.items() if name == _TE})
-    for precondition in CATALOG[GATE].preconditions:
-        if precondition.name.startswith("package.") and plan.word in precondition.values:
-            failure = precondition.check(plan.word, facts)
-            if failure is not None:
-                yield Finding(failure, f"{precondition.remedy}, or ask for on_untried_te, which is recorded")
-    if len(set(env.te_versions.values())) > 1:
-        shown = ", ".join(f"{name} {version}" for name, version in sorted(env.te_versions.items()))
-        yield Finding(f"the parts of transformer-engine differ: {shown}", "install one version of all of them")
-    if env.te_error is not None:
-        yield Finding(f"transformer-engine cannot be imported: {env.te_error}", "see infra/docker/cuda.Dockerfile")
-    elif not env.megatron_has_te:
-        yield Finding("megatron-core did not take up transformer-engine", "import transformer_engine before megatron")
-    if env.cudnn is None or env.cudnn < _CUDNN:
-        yield Finding(f"needs cuDNN {_dotted(_CUDNN)} or later, found {_dotted(env.cudnn)}", "install a later cuDNN")
-
-
-def _recipe(plan: Plan) -> Iterator[Finding]:
-    transformer, ddp = plan.transformer, plan.ddp
-    if transformer.fp8 not in FORMATS:
-        yield _one_of("TransformerConfig.fp8", transformer.fp8, FORMATS)
-    if transformer.fp8_recipe not in RECIPES:
-        yield _one_of("TransformerConfig.fp8_recipe", transformer.fp8_recipe, RECIPES)
-    if plan.optimizer.fp8_recipe != transformer.fp8_recipe:
-        yield _equal("OptimizerConfig.fp8_recipe", plan.optimizer.fp8_recipe, transformer.fp8_recipe)
-    if transformer.fp4 is not None:
-        yield _equal("TransformerConfig.fp4", transformer.fp4, None)
-    # Two flags that nothing connects: the first makes FP8 parameters, the second says that they are meant.
-    if transformer.fp8_param is not True:
-        yield _equal("TransformerConfig.fp8_param", transformer.fp8_param, True)
-    if ddp.fp8_param_gather is not True:
-        yield _equal("DistributedDataParallelConfig.fp8_param_gather", ddp.fp8_param_gather, True)
-    if transformer.first_last_layers_bf16 and transformer.fp8_recipe == "delayed":
-        yield Finding("first_last_layers_bf16 does not work with recipe delayed", "use tensorwise or blockwise")
-
-
-def _precision(plan: Plan) -> Iterator[Finding]:
-    for name, config in (("TransformerConfig", plan.transformer), ("OptimizerConfig", plan.optimizer)):
-        if config.bf16 is not True:
-            yield _equal(f"{name}.bf16", config.bf16, True)
-        if config.params_dtype is not torch.bfloat16:
-            yield _equal(f"{name}.params_dtype", config.params_dtype, torch.bfloat16)
-    for name in ("use_cpu_initialization", "init_model_with_meta_device"):
-        if getattr(plan.transformer, name):
-            yield _equal(f"TransformerConfig.{name}", True, False)
-
-
-def _optimizer(plan: Plan, env: Environment) -> Iterator[Finding]:
-    optimizer = plan.optimizer
-    if not plan.ddp.use_distributed_optimizer:
-        yield _equal("DistributedDataParallelConfig.use_distributed_optimizer", False, True)
-    if not optimizer.use_distributed_optimizer:
-        yield _equal("OptimizerConfig.use_distributed_optimizer", False, True)
-    if optimizer.optimizer != "adam":
-        yield _equal("OptimizerConfig.optimizer", optimizer.optimizer, "adam")
-    if not env.te_adam:
-        yield Finding(
-            "the distributed optimizer does not use TE's FusedAdam: with torch's, a checkpoint cannot be resumed",
-            "install transformer-engine's torch extension",
-        )
-    fp32_only = optimizer.use_precision_aware_optimizer and plan.transformer.fp8_recipe != "delayed"
-    if fp32_only and optimizer.main_params_dtype is not torch.float32:
-        yield _equal("OptimizerConfig.main_params_dtype", optimizer.main_params_dtype, torch.float32)
-    if plan.checkpoint_sharding != "fully_reshardable":  # the default of 0.16.1 raises when it saves
-        yield _equal("distrib_optim_sharding_type", plan.checkpoint_sharding, "fully_reshardable")
-
-
-def _overlap(plan: Plan, env: Environment) -> Iterator[Finding]:
-    ddp, optimizer = plan.ddp, plan.optimizer
-    if ddp.overlap_param_gather != optimizer.overlap_param_gather:
-        yield _equal("OptimizerConfig.overlap_param_gather", optimizer.overlap_param_gather, ddp.overlap_param_gather)
-    if ddp.overlap_param_gather and not ddp.overlap_grad_reduce:
-        yield _equal("DistributedDataParallelConfig.overlap_grad_reduce", False, True)
-    if (plan.tp > 1 or plan.cp > 1) and env.max_connections != "1":
-        yield _equal("CUDA_DEVICE_MAX_CONNECTIONS (tp or cp above 1)", env.max_connections, "1")
-
-
-def _excluded(plan: Plan) -> Iterator[Finding]:
-    """What megatron-core has beside this engine, and what belongs to mxfp8 alone, which needs sm_100."""
-    for name in ("use_megatron_fsdp", "use_custom_fsdp", "reuse_grad_buf_for_mxfp8_param_ag"):
-        if getattr(plan.ddp, name):
-            yield _equal(f"DistributedDataParallelConfig.{name}", True, False)
-    if plan.optimizer.reuse_grad_buf_for_mxfp8_param_ag:
-        yield _equal("OptimizerConfig.reuse_grad_buf_for_mxfp8_param_ag", True, False)
-
-
-def _shapes(plan: Plan) -> Iterator[Finding]:
-    if not plan.linears:
-        yield Finding("the model has no linear that could hold FP8 parameters", "use a model built of TE linears")
-    for linear in plan.linears:
-        if linear.in_features % _WIDTH_MULTIPLE or linear.out_features % _WIDTH_MULTIPLE:
-            yield Finding(
-                f"{linear.name} is {linear.out_features} x {linear.in_features} on one of {plan.tp} ranks: "
-                f"both must be multiples of {_WIDTH_MULTIPLE}",
-                "choose other widths or another tp",
-            )
-    if plan.tokens_per_gemm < 1 or plan.tokens_per_gemm % _TOKEN_MULTIPLE:
-        yield Finding(
-            f"{plan.tokens_per_gemm} tokens per matrix product: must be a multiple of {_TOKEN_MULTIPLE}",
-            "choose another window, micro-batch or cp",
-        )
-
-
-def _equal(what: str, found: object, wanted: object) -> Finding:
-    return Finding(f"{what} must be {wanted}, it is {found}", f"set {what.partition(' ')[0]} to {wanted}")
-
-
-def _one_of(what: str, found: object, allowed: Sequence[str]) -> Finding:
-    return Finding(f"{what} must be one of {', '.join(allowed)}, it is {found}", f"set {what} to {allowed[0]}")
-
-
-def _dotted(version: tuple[int, int] | None) -> str:
-    return "none" if version is None else ".".join(map(str, version))
-
-
-def probe() -> Environment:
-    """Look at this machine. Imports transformer-engine and megatron-core where they are installed."""
-    cuda = torch.cuda.is_available()
-    cudnn = torch.backends.cudnn.version() if cuda else None  # type: ignore[no-untyped-call]
-    error, recipes = _import_te()
-    # A transformer-engine that is installed and does not import takes megatron-core down with it.
-    has_te, te_adam = _ask_megatron() if error is None else (False, False)
-    return Environment(
-        cuda=cuda,
-        hip=torch.version.hip is not None,
-        device_name=torch.cuda.get_device_name() if cuda else None,
-        capability=torch.cuda.get_device_capability() if cuda else None,
-        toolkit=None if torch.version.cuda is None else _major_minor(torch.version.cuda),
-        cudnn=None if cudnn is None else (cudnn // 10_000, cudnn % 10_000 // 100),
-        te_versions=_te_versions(),
-        te_error=error,
-        te_recipes=recipes,
-        megatron_has_te=has_te,
-        te_adam=te_adam,
-        max_connections=allowed_variables().get("CUDA_DEVICE_MAX_CONNECTIONS"),
-    )
-
-
-def _major_minor(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
-
-
-def _te_versions() -> dict[str, str]:
-    found = {}
-    for name in _TE_PARTS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _import_te() -> tuple[str | None, dict[str, str]]:
-    """Why transformer-engine cannot be imported, or None and its reasons against single recipes.
-
-    Where it is only half installed it raises RuntimeError, and OSError where a CUDA library is missing.
-    """
-    try:
-        te = importlib.import_module("transformer_engine.pytorch")
-        importlib.import_module("transformer_engine_torch")
-    except (ImportError, RuntimeError, OSError) as error:
-        return f"{type(error).__name__}: {error}", {}
-    answers = {
-        "delayed": te.is_fp8_available(return_reason=True),
-        "tensorwise": te.is_fp8_available(return_reason=True),
-        "blockwise": te.is_fp8_block_scaling_available(return_reason=True),
-    }
-    return None, {recipe: reason for recipe, (able, reason) in answers.items() if not able}
-
-
-def _ask_megatron() -> tuple[bool, bool]:
-    """Whether megatron-core took up transformer-engine, and whether its distributed optimizer uses TE's Adam."""
-    has_te = all(
-        importlib.import_module(f"megatron.core.{name}").HAVE_TE
-        for name in ("fp8_utils", "extensions.transformer_engine")
-    )
-    adam: type = importlib.import_module("megatron.core.optimizer.distrib_optimizer").Adam
-    return has_te, adam.__module__.partition(".")[0] == "transformer_engine"
+def refusal(found: Sequence[Finding], word: Word, earlier: Refusal | None = None) -> Refusal:
+    """One refusal of everything found, after what an `earlier` one of the same gate says."""
+    failures = [*(() if earlier is None else earlier.failures), *(finding.failure for finding in found)]
+    remedies = [*(() if earlier is None else earlier.remedies), *(finding.remedy for finding in found)]
+    variable = CATALOG[GATE].variable
+    return Refusal(GATE, variable, word, tuple(dict.fromkeys(failures)), tuple(dict.fromkeys(remedies)))

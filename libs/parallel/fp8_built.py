@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from libs.parallel.fp8 import Finding, Word, refuse
+from libs.parallel.fp8 import Finding, Fp8, Word, refuse
 from libs.parallel.mesh import Group
 
 # transformer-engine's class of parameter for each recipe, by module and name.
 TENSOR_CLASSES = {
-    "delayed": ("transformer_engine.pytorch.tensor.float8_tensor", "Float8Tensor"),
     "tensorwise": ("transformer_engine.pytorch.tensor.float8_tensor", "Float8Tensor"),
     "blockwise": ("transformer_engine.pytorch.tensor.float8_blockwise_tensor", "Float8BlockwiseQTensor"),
 }
@@ -178,6 +177,20 @@ def refuse_unless_trained(
     else:
         found.append(Finding("there is no FP8 parameter", "see the check after building"))
     refuse(found, word)
+
+
+class FirstUpdate:
+    """What FP8 parameters were before the first update of an attempt, to be compared with what they are after it."""
+
+    def __init__(self, model: nn.Module, replicas: Group, asked: Fp8) -> None:
+        """replicas: the ranks that hold the same parameters."""
+        self._model, self._replicas, self._word = model, replicas, asked.word
+        self._kind = expected((), asked.recipe).quantized_class
+        self._before = digests(model, self._kind)
+
+    def refuse_unless_trained(self, loss: float) -> None:
+        """After the update, with no gather under way; a collective. Raises as the function of this name."""
+        refuse_unless_trained(self._before, digests(self._model, self._kind), loss, self._replicas, self._word)
 
 
 def _some(names: Sequence[str]) -> str:

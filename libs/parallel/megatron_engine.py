@@ -1,8 +1,9 @@
 """Data parallelism by megatron-core 0.16.1: its DistributedDataParallel and DistributedOptimizer around our model.
 
 Gradients are reduce-scattered in fp32 while backward runs; each rank of `dp_cp` updates its part of the parameters, and
-gathers the others' while the next forward runs. CUDA only, since megatron-core asks for the device by name; its logic
-is tested on gloo through a facade that lives with the tests. Not for tensor parallelism (`tensor`) nor FP8 (`fp8`).
+gathers the others' while the next forward runs: in fp32, or those of large linears in FP8 (`fp8`). CUDA only, since
+megatron-core asks for the device by name; its logic is tested on gloo through a facade that lives with the tests. Not
+for tensor parallelism (`tensor`) nor for what Megatron is told (`megatron_setup`).
 """
 
 from __future__ import annotations
@@ -10,39 +11,30 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from libs.parallel.megatron_state import collect, pieces, restore
-from libs.parallel.mesh import Group, Groups
+from libs.parallel.fp8 import Fp8Weights
+from libs.parallel.fp8_built import FirstUpdate, expected, refuse_unless_built
+from libs.parallel.megatron_buckets import complete_fp8, norm_of, wait_for_gather
+from libs.parallel.megatron_setup import Adam, build_optimizer, collection_of, ddp_config, transformer_config
+from libs.parallel.megatron_state import Whole, collect, collect_weights, pieces, restore, restore_weights
+from libs.parallel.mesh import Groups
 
 with warnings.catch_warnings():
-    # Importing megatron.core warns about optional CUDA packages that are not used here.
+    # As in `megatron_setup`.
     warnings.simplefilter("ignore", UserWarning)
     import megatron.core
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-    from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-
-class Adam(NamedTuple):
-    """AdamW as `apps.train` sets it; `no_decay` says of a parameter's name and value whether it takes no decay."""
-
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    no_decay: Callable[[str, Tensor], bool]
 
 
 class MegatronEngine:
-    """An `Engine` over a model whose parameters are all fp32 and stay so, and the `PiecedState` of its optimizer.
+    """An `Engine` over a model, and the `PiecedState` of its optimizer. Parameters are fp32 and stay so, but for those
+    that `fp8` names: of these the optimizer has the values in fp32, and checkpoints get and give those.
 
     With `overlap`, gradients are exchanged while backward runs, and updated parameters are gathered while the next
     forward does: whoever reads parameters outside of `micro_batch` calls `settle` first.
@@ -58,49 +50,64 @@ class MegatronEngine:
         blocks: Iterable[nn.Module] = (),
         overlap: bool = True,
         bucket_numel: int | None = None,
+        fp8: Fp8Weights | None = None,
     ) -> None:
         """Moves parameters into Megatron's buffers; a collective of all ranks.
 
         Args:
-            sharded: names of the parameters of which this rank holds a tensor-parallel shard.
+            sharded: names (as checkpoints have them) of the parameters of which this rank holds a tensor-parallel
+                shard.
             blocks: modules whose parameters nobody but their own `__call__` uses: forward waits for these at their door
                 and for all others at its start.
             bucket_numel: entries of one exchange; None is Megatron's choice.
+            fp8: of a model that has FP8 parameters.
+
+        Raises:
+            GateRefused: the model does not have the FP8 parameters that it should.
         """
-        dtypes = {parameter.dtype for parameter in model.parameters()}
-        assert dtypes == {torch.float32}, f"parameters must be fp32 (compute in bf16 is autocast), found {dtypes}"
+        asked = None if fp8 is None else fp8.asked
+        _check_dtypes(model, frozenset[str]() if fp8 is None else fp8.names)
         assert dist.is_initialized(), "megatron-core needs a process group, of one process too"
-        self._parameters: dict[str, Tensor] = dict(model.named_parameters())
-        for name, parameter in self._parameters.items():
-            # Its gradient norm counts what is not marked on tensor-parallel rank 0 only.
-            parameter.tensor_model_parallel = name in sharded  # type: ignore[attr-defined]
-        collection = _collection(groups)
-        # calculate_per_token_loss: gradients are summed and not averaged; losses are shares of the whole already.
-        config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, calculate_per_token_loss=True)
-        ddp = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=True,
-            overlap_grad_reduce=overlap,
-            overlap_param_gather=overlap,
-            bucket_size=bucket_numel,
-            check_for_nan_in_grad=overlap,  # has `check_grads` called before each exchange: see _note_norms
-        )
-        self._ddp = DistributedDataParallel(config, ddp, model, pg_collection=collection)
-        self._optimizer = _optimizer(self._ddp, adam, collection, overlap=overlap)
-        (dense,) = self._optimizer.chained_optimizers
-        self._inner: torch.optim.Optimizer = dense.optimizer
-        self._pieces, self._dp_cp, self._step = pieces(dense, self._parameters), groups.dp_cp, 0
+        named = dict(model.named_parameters())
+        parts = {name: (name,) for name in named} if fp8 is None else fp8.parts
+        self._wholes = {whole: Whole([named[name] for name in names]) for whole, names in parts.items()}
+        for name, whole in self._wholes.items():
+            for parameter in whole.parts:
+                # Its gradient norm counts what is not marked on tensor-parallel rank 0 only.
+                parameter.tensor_model_parallel = name in sharded  # type: ignore[attr-defined]
+        self._model, self._parameters, self._fp8, collection = model, named, asked, collection_of(groups)
+        config = ddp_config(asked, overlap=overlap, bucket_numel=bucket_numel)
+        self._ddp = DistributedDataParallel(transformer_config(asked), config, model, pg_collection=collection)
+        if fp8 is not None:
+            wanted = expected(fp8.names, fp8.asked.recipe)
+            refuse_unless_built(model, self._ddp.buffers, wanted, fp8.asked.word, before_optimizer=True)
+        self._optimizer = build_optimizer(self._ddp, adam, asked, collection, overlap=overlap)
+        (self._dense,) = self._optimizer.chained_optimizers
+        self._inner: torch.optim.Optimizer = self._dense.optimizer
+        self._pieces, self._dp_cp, self._step = pieces(self._dense, self._wholes), groups.dp_cp, 0
         self._overlap, self._norms = overlap, dict[Any, Tensor]()
         self._first: list[Any] = list(self._ddp.bucket_groups)
         if overlap:
             self._note_norms()
             self._gather_block_by_block(model, blocks)
+        if fp8 is not None:
+            self.restore_weights(fp8.initial)
 
     @property
     def describe(self) -> str:
         """Which code this is, for the log."""
         adam = type(self._inner)
         return f"megatron-core {megatron.core.__version__}, {adam.__module__.partition('.')[0]}'s {adam.__name__}"
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of the parameters, as checkpoints have them."""
+        return self._wholes.keys()
+
+    @property
+    def owns_weights(self) -> bool:
+        """Whether the model's parameters are less than what a checkpoint is to hold."""
+        return self._fp8 is not None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -116,7 +123,7 @@ class MegatronEngine:
 
         def look_at(group: Any) -> Callable[..., None]:
             def look(*, check_for_nan_or_inf: bool, check_for_large: bool) -> None:
-                self._norms[group] = _norm(group)
+                self._norms[group] = norm_of(group)
 
             return look
 
@@ -134,7 +141,7 @@ class MegatronEngine:
 
         def waits_for(waited: list[Any]) -> Callable[..., None]:
             def hook(module: nn.Module, inputs: Any) -> None:
-                _wait_for_gather(waited)
+                wait_for_gather(waited)
 
             return hook
 
@@ -151,7 +158,7 @@ class MegatronEngine:
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         """Forward and backward of one micro-batch; gradients are exchanged in that of the last."""
-        _wait_for_gather(self._first)
+        wait_for_gather(self._first)
         if last:
             yield
         else:
@@ -159,7 +166,7 @@ class MegatronEngine:
                 yield
 
     def settle(self) -> None:
-        _wait_for_gather(self._ddp.bucket_groups)
+        wait_for_gather(self._ddp.bucket_groups)
 
     def zero_grad(self) -> None:
         self._wait_for_sums()
@@ -176,7 +183,7 @@ class MegatronEngine:
 
     def local_norm(self) -> float:
         """Of this rank's own gradients, noted before they were exchanged."""
-        norms = [self._norms[g] if g in self._norms else _norm(g) for g in self._ddp.bucket_groups]
+        norms = [self._norms[g] if g in self._norms else norm_of(g) for g in self._ddp.bucket_groups]
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def gradients(self) -> dict[str, Tensor]:
@@ -203,86 +210,28 @@ class MegatronEngine:
     def collect_state(self) -> dict[str, Tensor]:
         if self._step == 0:
             return {}
-        return collect(self._parameters, self._pieces, self._inner, self._step, self._dp_cp)
+        return collect(self._wholes, self._pieces, self._inner, self._step, self._dp_cp)
 
     def restore_state(self, tensors: Mapping[str, Tensor]) -> None:
-        self._step = restore(self._parameters, self._pieces, self._inner, tensors)
+        self._step = restore(self._wholes, self._pieces, self._inner, tensors)
+
+    def collect_weights(self) -> dict[str, Tensor]:
+        return collect_weights(self._wholes, self._pieces, self._dp_cp, keep=self._dp_cp.rank == 0)
+
+    @torch.no_grad()
+    def restore_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        restore_weights(self._wholes, self._pieces, tensors)
+        # From here on as after an update: each rank quantises its pieces, and all gather them.
+        self._dense._copy_main_params_to_model_params()
+        for group in self._ddp.bucket_groups:
+            group.start_param_sync(force_sync=True)
+            complete_fp8(group)
+
+    def first_update(self) -> FirstUpdate | None:
+        """A look at the FP8 parameters before the first update of an attempt; None where there are none."""
+        return None if self._fp8 is None else FirstUpdate(self._model, self._dp_cp, self._fp8)
 
 
-def _norm(bucket_group: Any) -> Tensor:
-    """Of the gradients in some buckets, padding included, which is zero; 0-d."""
-    norms: list[Tensor] = [bucket.grad_data.norm() for bucket in bucket_group.buckets]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return total
-
-
-def _wait_for_gather(bucket_groups: Iterable[Any]) -> None:
-    for group in bucket_groups:
-        if group.param_gather_handle is not None:
-            group.start_param_sync(force_sync=True)  # with a gather under way this waits for it and starts none
-
-
-def _optimizer(ddp: DistributedDataParallel, adam: Adam, collection: ProcessGroupCollection, *, overlap: bool) -> Any:
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=adam.lr,
-        weight_decay=adam.weight_decay,
-        adam_beta1=adam.betas[0],
-        adam_beta2=adam.betas[1],
-        adam_eps=adam.eps,
-        use_distributed_optimizer=True,
-        overlap_param_gather=overlap,
-        clip_grad=0.0,  # `update` clips, after the norm was seen to be finite
-    )
-
-    def takes_none(parameter: Tensor, name: str) -> bool:
-        return adam.no_decay(name.removeprefix("module."), parameter)
-
-    spared = ParamKey(with_name_predicate=ParamWithNamePredicate(name="no_decay", fn=takes_none))
-    optimizer = get_megatron_optimizer(
-        config,
-        [ddp],
-        config_overrides={spared: {"wd_mult": 0.0}},
-        use_gloo_process_groups=False,
-        pg_collection=collection,
-    )
-    (dense,) = optimizer.chained_optimizers
-    for group in optimizer.param_groups:
-        # Megatron's scheduler would apply the multiplier; without one all parameters would decay alike.
-        group["weight_decay"] = adam.weight_decay * group["wd_mult"]
-        if isinstance(dense.optimizer, torch.optim.AdamW):  # without transformer-engine; as the torch engine has it
-            group["fused"] = True
-    return optimizer
-
-
-def _collection(groups: Groups) -> ProcessGroupCollection:
-    """Our groups under Megatron's names; no pipeline and no experts."""
-    alone = _alone(groups.world)
-    tp, cp, dp, dp_cp, world = (
-        alone if group.process_group is None else group.process_group
-        for group in (groups.tp, groups.cp, groups.dp, groups.dp_cp, groups.world)
-    )
-    return ProcessGroupCollection(
-        tp=tp,
-        cp=cp,
-        dp=dp,
-        dp_cp=dp_cp,
-        mp=tp,
-        pp=alone,
-        ep=alone,
-        embd=alone,
-        pos_embd=alone,
-        expt_dp=dp,
-        intra_dp_cp=dp_cp,
-        intra_expt_dp=dp,
-        expt_tp=alone,
-        tp_ep_pp=tp,
-        intra_dist_opt=world,
-    )
-
-
-def _alone(world: Group) -> dist.ProcessGroup:
-    """A real group of this process only: Megatron asks every group for its size and rank."""
-    handles: list[Any] = [dist.new_group([rank]) for rank in world.members]  # a collective: every rank makes all
-    own: dist.ProcessGroup = handles[world.rank]
-    return own
+def _check_dtypes(model: nn.Module, fp8: Collection[str]) -> None:
+    dtypes = {parameter.dtype for name, parameter in model.named_parameters() if name not in fp8}
+    assert dtypes == {torch.float32}, f"parameters must be fp32 (compute in bf16 is autocast), found {dtypes}"

@@ -52,3 +52,45 @@ def megatron_on_cpu() -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.Tensor, "type", _type))
         stack.enter_context(_CudaMeansCpu())
         yield
+
+
+class _Apart:
+    """Collectives of one coalesced call, each on its own."""
+
+    def __init__(self) -> None:
+        self._works: list[Any] = []
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+    def started(self, collective: Any) -> Any:
+        def start(*args: Any, **options: Any) -> None:
+            work = collective(*args, **options)
+            self._works += [] if work is None else [work]
+
+        return start
+
+
+@contextmanager
+def buckets_of_two_dtypes() -> Iterator[None]:
+    """Inside, megatron-core exchanges the buckets of a group one by one.
+
+    It puts those of FP8 and of fp32 parameters into one coalesced call, which NCCL sends as they are. gloo lays them
+    end to end as one tensor, and so turns bytes into floats.
+    """
+    from megatron.core.distributed import param_and_grad_buffer as of_megatron
+
+    names = ("dist_all_gather_func", "dist_reduce_scatter_func")
+    collectives = {name: getattr(of_megatron, name) for name in names}
+
+    @contextmanager
+    def apart(group: Any, async_ops: bool = False) -> Iterator[_Apart]:
+        works = _Apart()
+        with ExitStack() as stack:
+            for name, collective in collectives.items():
+                stack.enter_context(mock.patch.object(of_megatron, name, works.started(collective)))
+            yield works
+
+    with mock.patch.object(of_megatron, "_coalescing_manager", apart):
+        yield

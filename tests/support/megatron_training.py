@@ -22,7 +22,8 @@ from libs.model import HybridLM, no_decay
 from libs.model.block import ResidualBlock
 from libs.model.sharding import shard_rules
 from libs.parallel.data import TorchEngine
-from libs.parallel.megatron_engine import Adam, MegatronEngine
+from libs.parallel.megatron_engine import MegatronEngine
+from libs.parallel.megatron_setup import Adam
 from libs.parallel.mesh import Groups, Layout, Parallel, open_groups
 from libs.parallel.together import everyones
 from tests.support.megatron_facade import megatron_on_cpu

@@ -2,7 +2,7 @@
 """Batches for training in a seeded order with a global cursor, the same for any number of ranks.
 
 For the training loop. Not for packing (see `libs.model.text.shards`), and no background threads: a window is
-a few memory-mapped reads.
+a few memory-mapped reads (`apps.train.prefetch` has one, for devices that never wait).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     tokens, labels: (1, T) int64 tensors on the CPU, T = windows of this rank x window; labels -100 where
     there is nothing to predict. cu_seqlens: (n+1,) int32, documents never cross windows. n_bytes: bytes that
     the labels stand for. cursor_after: where the next batch begins (the same on every rank). window_ids:
-    dataset indices.
+    dataset indices. moved: tokens and labels where the model takes them from, if they are there already.
     """
 
     tokens: torch.Tensor
@@ -49,6 +49,7 @@ class Batch(NamedTuple):
     n_bytes: int
     cursor_after: Cursor
     window_ids: tuple[int, ...]
+    moved: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class BatchLoader:
@@ -86,6 +87,9 @@ class BatchLoader:
     def cursor(self) -> Cursor:
         """Where the next batch begins."""
         return self._cursor
+
+    def close(self) -> None:
+        """Nothing is held between batches."""
 
     def next_batch(self) -> Batch:
         """The next batch; moves the cursor."""

@@ -70,11 +70,11 @@ class XlaDevice:
         torch_xla.sync()
 
     def rows(self, host: Tensor) -> Tensor:
-        """A batch (rows, ...) from the host, its rows shared out over the mesh."""
-        on_device = host.to(self.device)
-        if self.mesh is not None:
-            self.mesh.cut(on_device, row_partition(on_device.dim(), on_device.shape[0], self.shape))
-        return on_device
+        """A batch (rows, ...) from the host, its rows shared out over the mesh: sent at once, from any thread."""
+        cut = None if self.mesh is None else self.mesh.words(row_partition(host.dim(), host.shape[0], self.shape))
+        (sent,) = xm.send_cpu_data_to_device([host], self.device, cut)
+        assert isinstance(sent, Tensor)
+        return sent
 
     def seed(self, seed: int) -> None:
         """The device's own generator; nothing in training draws from it."""

@@ -30,6 +30,10 @@ class Mesh:
         if tensor.device.type == "xla" and not _is_cut(tensor):
             xs.mark_sharding(tensor, self._mesh, partition)
 
+    def words(self, partition: Partition) -> xs.ShardingSpec:
+        """torch_xla's words for a partition, for tensors that are cut as they are sent."""
+        return xs.ShardingSpec(self._mesh, partition)
+
     def cut_parameters(self, model: nn.Module, partitions: Mapping[str, Partition]) -> None:
         """Share out every parameter."""
         for name, parameter in model.named_parameters():

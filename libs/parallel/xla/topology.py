@@ -51,6 +51,15 @@ def topology(name: str) -> Topology:
     return TOPOLOGIES[name]
 
 
+def slice_of(chips: int) -> Topology:
+    """The slice of so many chips. Raises UserError listing the known ones."""
+    for found in TOPOLOGIES.values():
+        if found.chips == chips:
+            return found
+    known = ", ".join(f"{one.name} ({one.chips})" for one in TOPOLOGIES.values())
+    raise UserError(f"no TPU slice of {chips} chips is known: xla.data * xla.fsdp * xla.tensor must be one of {known}")
+
+
 class MeshShape(NamedTuple):
     """How many ways each axis cuts: data (whole parameters on every chip), fsdp (parameters and rows), tensor."""
 

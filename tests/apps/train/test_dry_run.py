@@ -60,8 +60,49 @@ def test_the_plan_of_eight_ranks(train: Train, capsys: pytest.CaptureFixture[str
     layers = 34 * 8 * 8192 * 4096 * (2 * 2 + 4) * 2 * 7 / 8 / 2**30
     assert f"tp layers │ {layers:.3f} GiB" in sent
     assert "dp gradients │ 0.000 GiB" in sent
-    assert train(*words, "--parallel.dp", "2", "--parallel.tp", "4", "--data.windows_per_batch", "2") == 0
-    assert "dp gradients │ 0.000" not in " ".join(capsys.readouterr().out.split())
+    assert "dp parameters │ 0.000 GiB" in sent
+
+
+def test_replicas_send_gradients_and_parameters_and_fp8_parameters_as_bytes(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between two replicas half of either goes over the link; an FP8 weight is one byte instead of four."""
+    of_rank = 1_125_198_464
+    in_fp8 = 958_660_608
+    layout = ["--parallel.dp", "2", "--parallel.tp", "4", "--data.windows_per_batch", "2"]
+
+    def sent(recipe: str) -> tuple[str, str]:
+        assert train("--recipe", recipe, *layout, "--dry-run") == 0
+        said = capsys.readouterr().out
+        assert f"{of_rank:,}" in said
+        gradients, parameters = (row(said, "sent by each rank", name)[0] for name in ("dp gradients", "dp parameters"))
+        return gradients, parameters
+
+    whole = f"{of_rank * 4 / 2 / 2**30:.3f} GiB"
+    assert sent("h200_8x_bf16") == (whole, whole)
+    assert sent("h200_8x_fp8") == (whole, f"{(of_rank * 4 - in_fp8 * 3) / 2 / 2**30:.3f} GiB")
+
+
+def test_the_plan_of_a_tpu_is_for_one_chip_of_its_slice(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not for this machine's memory. A chip holds a fourth of what fsdp = 4 cuts, and works on a fourth of the rows."""
+    words = ["--recipe", "v6e_4k_hybrid", "--dry-run"]
+    assert train(*words) == 0
+    said = capsys.readouterr().out
+    assert "TPU v6e: 31.500 GiB (one of 4 chips of v6e-4" in said
+    whole = parameter_count(preset("130m")).total
+    assert f"{4 * whole / 4 / 2**30:.3f} GiB" in row(said, "memory of one training step", "parameters")[0]
+    assert train(*words, "--xla.fsdp", "1") == 0
+    alone = capsys.readouterr().out
+    assert "one of 1 chips of v6e-1" in alone
+    assert f"{4 * whole / 2**30:.3f} GiB" in row(alone, "memory of one training step", "parameters")[0]
+    cut, all_rows = (
+        float(row(text, "memory of one training step", "activations")[0].split()[0]) for text in (said, alone)
+    )
+    assert all_rows == pytest.approx(4 * cut, rel=0.2)
+    assert train(*words, "--data.windows_per_batch", "1024") == 2
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    assert train(*words, "--xla.fsdp", "2") == 2
+    assert "no TPU slice of 2 chips is known" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from libs.parallel.xla.topology import (
     op_sharding,
     parameter_partition,
     row_partition,
+    slice_of,
     topology,
 )
 
@@ -101,6 +102,9 @@ def test_an_unknown_slice_names_the_known_ones() -> None:
     with pytest.raises(UserError, match="v6e-4"):
         topology("v6e4")
     assert {name: top.chips for name, top in TOPOLOGIES.items()} == {"v6e-1": 1, "v6e-4": 4, "v6e-8": 8}
+    assert [slice_of(chips).name for chips in (1, 4, 8)] == ["v6e-1", "v6e-4", "v6e-8"]
+    with pytest.raises(UserError, match=r"no TPU slice of 3 chips.*v6e-4 \(4\)"):
+        slice_of(3)
 
 
 def test_other_versions_are_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:

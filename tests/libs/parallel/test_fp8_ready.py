@@ -9,23 +9,10 @@ import pytest
 import torch
 
 from libs.flags.errors import ExitStatus, GateRefused, run_entry
-from libs.parallel.fp8 import Environment, Linear, Plan, findings, probe, refuse_unless_ready
-
-H200 = Environment(
-    cuda=True,
-    hip=False,
-    device_name="NVIDIA H200",
-    capability=(9, 0),
-    toolkit=(13, 0),
-    cudnn=(9, 20),
-    te_versions={"transformer-engine": "2.11.0", "transformer-engine-torch": "2.11.0"},
-    te_error=None,
-    te_recipes={},
-    megatron_has_te=True,
-    te_adam=True,
-    max_connections="1",
-)
-BARE = Environment(False, False, None, None, None, None, {}, "ImportError: no", {}, False, False, None)
+from libs.parallel.fp8 import Linear, refuse
+from libs.parallel.fp8_probe import probe
+from libs.parallel.fp8_ready import Plan, findings
+from tests.support.h200 import BARE, H200
 
 
 def plan(
@@ -55,14 +42,13 @@ def plan(
         "tokens_per_gemm": 8192,
         "tp": 2,
         "cp": 1,
-        "checkpoint_sharding": "fully_reshardable",
     }
     return Plan(**(given | rest))
 
 
 def test_a_plan_that_is_ready_passes() -> None:
     assert list(findings(plan(), H200)) == []
-    refuse_unless_ready(plan(), H200)
+    refuse((), "on")
 
 
 Case = tuple[str, Callable[[], Plan], dict[str, Any], str]
@@ -92,7 +78,7 @@ CASES: list[Case] = [
         "recipe typo",
         lambda: plan(transformer={"fp8_recipe": "blokwise"}, optimizer={"fp8_recipe": "blokwise"}),
         {},
-        "one of delayed, tensorwise, blockwise, it is blokwise",
+        "one of tensorwise, blockwise, it is blokwise",
     ),
     (
         "mxfp8",
@@ -101,6 +87,12 @@ CASES: list[Case] = [
         "it is mxfp8",
     ),
     ("recipes differ", lambda: plan(optimizer={"fp8_recipe": "delayed"}), {}, "must be blockwise, it is delayed"),
+    (
+        "delayed",
+        lambda: plan(transformer={"fp8_recipe": "delayed"}, optimizer={"fp8_recipe": "delayed"}),
+        {},
+        "recipe delayed is not supported: activation checkpointing computes each block twice",
+    ),
     ("no fp8_param", lambda: plan(transformer={"fp8_param": False}), {}, "fp8_param must be True"),
     ("not meant", lambda: plan(ddp={"fp8_param_gather": False}), {}, "fp8_param_gather must be True, it is False"),
     ("fp32", lambda: plan(transformer={"params_dtype": torch.float32}), {}, "TransformerConfig.params_dtype must be"),
@@ -109,7 +101,6 @@ CASES: list[Case] = [
     ("on cpu", lambda: plan(transformer={"use_cpu_initialization": True}), {}, "use_cpu_initialization must be False"),
     ("meta", lambda: plan(transformer={"init_model_with_meta_device": True}), {}, "init_model_with_meta_device"),
     ("sgd", lambda: plan(optimizer={"optimizer": "sgd"}), {}, "OptimizerConfig.optimizer must be adam, it is sgd"),
-    ("sharding", lambda: plan(checkpoint_sharding=None), {}, "must be fully_reshardable, it is None"),
     (
         "overlap differs",
         lambda: plan(optimizer={"overlap_param_gather": False}),
@@ -145,13 +136,10 @@ def test_each_precondition_fails_alone(make: Callable[[], Plan], change: dict[st
 
 
 def test_a_config_that_cannot_be_made_wrong_twice() -> None:
-    """fp4 and delayed with bf16 ends are refused by megatron-core as well, so they are set on a finished object."""
+    """fp4 is refused by megatron-core as well, and so is another precision of main values: set on a finished object."""
     made = plan()
     made.transformer.fp4 = "e2m1"
     assert [f.failure for f in findings(made, H200)] == ["TransformerConfig.fp4 must be None, it is e2m1"]
-    made = plan(transformer={"fp8_recipe": "delayed"}, optimizer={"fp8_recipe": "delayed"})
-    made.transformer.first_last_layers_bf16 = True
-    assert ["recipe delayed" in f.failure for f in findings(made, H200)] == [True]
     made = plan()
     made.optimizer.use_precision_aware_optimizer = True
     made.optimizer.main_params_dtype = torch.float16
@@ -173,11 +161,10 @@ def test_everything_that_is_missing_is_in_one_refusal(capsys: pytest.CaptureFixt
         transformer={"fp8": "e4m3fn", "fp8_recipe": "blokwise", "params_dtype": torch.float32},
         ddp={"fp8_param_gather": False, "use_distributed_optimizer": False},
         linears=(),
-        checkpoint_sharding=None,
     )
 
     def main(_argv: object) -> int:
-        refuse_unless_ready(wrong, BARE)
+        refuse([*findings(wrong, BARE)], "on")
         return 0
 
     assert run_entry(main, []) == ExitStatus.GATE_REFUSED
@@ -185,14 +172,14 @@ def test_everything_that_is_missing_is_in_one_refusal(capsys: pytest.CaptureFixt
     assert "FATHOM_FP8_PARAM_GATHER=on (gate fp8_param_gather) refused" in said
     for part in (
         "needs CUDA", "not installed", "cannot be imported", "cuDNN", "e4m3fn", "blokwise", "params_dtype",
-        "fp8_param_gather must be", "use_distributed_optimizer must be", "FusedAdam", "distrib_optim_sharding_type",
+        "fp8_param_gather must be", "use_distributed_optimizer must be", "FusedAdam",
         "CUDA_DEVICE_MAX_CONNECTIONS", "no linear",
     ):  # fmt: skip
         assert part in said, part
     with pytest.raises(GateRefused) as caught:
-        refuse_unless_ready(wrong, BARE)
+        refuse([*findings(wrong, BARE)], "on")
     assert len(caught.value.refusals) == 1
-    assert len(caught.value.refusals[0].failures) == len(list(findings(wrong, BARE))) >= 13
+    assert len(caught.value.refusals[0].failures) == len(list(findings(wrong, BARE))) >= 12
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without CUDA is told")
@@ -202,4 +189,4 @@ def test_probing_a_machine_without_cuda_is_refused_not_broken() -> None:
     assert here.te_error is not None
     assert "transformer_engine" in here.te_error
     with pytest.raises(GateRefused, match="cannot be imported: ModuleNotFoundError"):
-        refuse_unless_ready(plan(), here)
+        refuse([*findings(plan(), here)], "on")

@@ -45,9 +45,9 @@ test-slow: setup
 test-kernels: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m kernels -n 2 --dist worksteal -q
 
-# The XLA lane on the CPU, and compiled for a TPU; no TPU is needed.
+# The XLA lane on the CPU, and compiled for a TPU, in two processes of up to 3 GB each; no TPU is needed.
 test-tpu: setup-tpu
-	OMP_NUM_THREADS=1 $(TPU_VENV)/bin/python -m pytest tests/tpu -m "not slow" -q
+	OMP_NUM_THREADS=1 $(TPU_VENV)/bin/python -m pytest tests/tpu -m "not slow" -q -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .

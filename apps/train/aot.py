@@ -37,6 +37,15 @@ if TYPE_CHECKING:
     from libs.parallel.xla.aot import Argument, Compiled, Lowered
 
 GIB = 2**30
+# What the two times of a record are, in the record itself.
+MODELLED_TIME = (
+    "libtpu's estimated cycles, loops counted, at an inferred clock: never measured; to rank programs of full effort. "
+    "Least effort leaves operations untiled, at many times their cost; kernel calls and waits for chips count nothing"
+)
+BOUND_TIME = (
+    "counted in the compiled program, loops counted: matrix products at the chip's peak or bytes to and from HBM at "
+    "its bandwidth, whichever takes longer; no estimate but a bound from below. Kernel calls and exchange count nothing"
+)
 RECORDS = Path("runs") / "aot"
 
 
@@ -72,13 +81,15 @@ def aot(config: TrainConfig, recipe: str, slice_name: str, *, quick: bool = Fals
         device_count=target.chips,
     )  # fmt: skip
     backend = choose_backend(config.train.mimo_backend, "xla").value
-    install(resolve(fathom_variables(), facts_of(config, machine, backend)))
+    gates = resolve(fathom_variables(), facts_of(config, machine, backend))
+    install(gates)
     # torch_xla and jax are not in the main environment.
     from libs.parallel.xla import aot as compiling
 
     program = build_step(config, mesh)
     lowered = compiling.lower(program.arguments, program.results, mesh)
     record = _record(config, recipe, target, mesh, lowered, quick)
+    record["gates"] = {one.gate: one.value for one in gates.resolutions if one.value != one.default}
     try:
         compiled = compiling.compile_for(lowered, target, quick=quick)
     except compiling.DoesNotFit as error:
@@ -191,20 +202,23 @@ def _record(
 
 def _measures(config: TrainConfig, compiled: Compiled, target: Topology) -> dict[str, Any]:
     """What the compiler says, under names that say what it is."""
-    found = compiled._asdict() | {"modelled": compiled.modelled._asdict()}
+    found = compiled._asdict() | {"modelled": compiled.modelled._asdict(), "counted": compiled.counted._asdict()}
     found["modelled"]["loops"] = [loop._asdict() for loop in compiled.modelled.loops]
     return {
         "compiled": found,
         "peak_bytes_per_chip": compiled.peak,
         "usable_bytes_per_chip": target.chip.usable_bytes,
         "modelled_seconds": compiled.modelled.cycles / target.chip.clock,
+        "modelled_seconds_are": MODELLED_TIME,
+        "bound_seconds": compiled.counted.seconds(target.chip),
+        "bound_seconds_are": BOUND_TIME,
     }
 
 
 def _write(record: dict[str, Any]) -> None:
     RECORDS.mkdir(parents=True, exist_ok=True)
-    name = f"{Path(record['recipe']).stem}_{record['slice']}_{record['effort']}.json"
-    (RECORDS / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    name = "_".join([Path(record["recipe"]).stem, record["slice"], record["effort"], *sorted(record["gates"])])
+    (RECORDS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _show(config: TrainConfig, target: Topology, lowered: Lowered, compiled: Compiled, quick: bool) -> None:
@@ -222,16 +236,20 @@ def _show(config: TrainConfig, target: Topology, lowered: Lowered, compiled: Com
     table.add_row("peak", f"{compiled.peak / GIB:,.3f} GiB")
     table.add_row("a program can have", f"{target.chip.usable_bytes / GIB:,.3f} GiB")
     out.print(table)
-    modelled = compiled.modelled
+    modelled, counted = compiled.modelled, compiled.counted
     seconds = modelled.cycles / target.chip.clock
     tokens = config.data.windows_per_batch * config.data.window
     lines = [
         f"MODELLED time of a step: {seconds * 1e3:,.1f} ms ({modelled.cycles:,} estimated cycles at "
         f"{target.chip.clock / 1e9} GHz), {tokens / seconds:,.0f} tokens/s; never measured"
-        + ("; with --aot-quick the code is far slower than the full effort's" if quick else ""),
+        + ("; not to be compared: with --aot-quick operations are not tiled" if quick else ""),
         f"not in it: {modelled.uncounted} kernel calls, {modelled.unestimated} operations without an estimate, waits "
-        f"for other chips; loops: {len(modelled.loops)}, of unknown length: {len(modelled.unknown)}; collectives: "
-        f"{modelled.collectives}",
+        f"for other chips; loops: {len(modelled.loops)}, of unknown length: {len(modelled.unknown)}",
+        f"BOUND from below: {counted.seconds(target.chip) * 1e3:,.1f} ms: products {counted.flops:.3e} FLOPs at peak "
+        f"{counted.flops / target.chip.peak_bf16 * 1e3:,.1f} ms, HBM {counted.hbm_bytes:.3e} bytes "
+        f"{counted.hbm_bytes / target.chip.bandwidth * 1e3:,.1f} ms",
+        f"collectives: {counted.collectives}, of these in loops {sum(counted.in_loops.values())}; bytes "
+        f"{sum(counted.exchanged.values()):.3e}",
         f"XLA counts, bodies of loops once: {compiled.flops:.3e} FLOPs, {compiled.accessed:.3e} bytes per chip",
         f"compiled in {compiled.seconds:.0f} s; record in {RECORDS}",
         "it fits" if compiled.peak <= target.chip.usable_bytes else "it DOES NOT FIT",

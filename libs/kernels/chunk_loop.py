@@ -30,10 +30,14 @@ def chunk_loop(
     """`carry, y = body(constants, carry, x)` over the first axis of every x; the last carry, and the ys stacked.
 
     Saved for backward: the constants, the xs, and the carry that enters each chunk. Differentiable once, in every
-    floating-point tensor. The carry keeps its shapes and dtypes. On a mesh of XLA devices the first axis of carries and
-    the second of xs and ys are taken for rows of the batch, where they divide.
+    floating-point tensor. The carry keeps its shapes and dtypes.
 
-    weights: the xs are weights, so they have no axis of rows.
+    On a mesh of XLA devices the first axis of constants and carries and the second of xs and ys are taken for rows of
+    the batch, where they divide: each chip runs the loop on its rows, and nothing is exchanged inside. So a weight is a
+    constant with a copy for each row or for each of `row_parts`: what chips add to its gradient then meets once, where
+    the copies do, and not in every iteration.
+
+    weights: the xs are weights, and the constants what they are; neither has an axis of rows.
     """
     flat: Tensors = _Loop.apply(  # type: ignore[no-untyped-call]
         body, driver, (len(constants), len(init)), not weights, *constants, *init, *xs
@@ -41,9 +45,25 @@ def chunk_loop(
     return flat[: len(init)], flat[len(init) :]
 
 
+def row_parts(driver: Driver) -> int:
+    """Into how many parts the mesh of XLA devices cuts the rows of a batch; 1 without one, and driven in Python."""
+    if driver == "loop":
+        return 1
+    # torch_xla is an optional dependency.
+    import torch_xla.distributed.spmd as spmd
+
+    mesh = spmd.get_global_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape()[name] for name in _row_axes(mesh))
+
+
+def _row_axes(mesh: Any) -> tuple[str, ...]:
+    return tuple(name for name in mesh.axis_names if name in ROW_AXES)
+
+
 class _Rows(NamedTuple):
     """Which tensors of a loop have an axis of rows."""
 
+    constants: bool
     carry: Sequence[bool]
     xs: Sequence[bool]
     ys: bool
@@ -60,7 +80,7 @@ class _Loop(torch.autograd.Function):
             after, y = body(constants, carry, x)
             return after, (*carry, *y)
 
-        rows = _Rows([True] * len(init), [xs_rows] * len(xs), True)
+        rows = _Rows(xs_rows, [True] * len(init), [xs_rows] * len(xs), True)
         carry, ys = _DRIVERS[driver](step, constants, init, xs, False, rows)
         entering, outputs = ys[: len(init)], ys[len(init) :]
         ctx.body, ctx.driver, ctx.counts, ctx.xs_rows = body, driver, counts, xs_rows
@@ -88,7 +108,8 @@ class _Loop(torch.autograd.Function):
             return (*totals, *d_entering), d_chunk
 
         rows = _Rows(
-            [False] * len(sums) + [True] * n_carry,
+            ctx.xs_rows,
+            [ctx.xs_rows] * len(sums) + [True] * n_carry,
             [True] * n_carry + [ctx.xs_rows] * len(xs) + [True] * len(d_ys),
             ctx.xs_rows,
         )
@@ -141,7 +162,8 @@ def _drive_in_xla(
         after, y = step(carry[:n], carry[n:], x)
         return (*(u.clone() for u in carry[:n]), *after), y
 
-    carry, ys = _scan_impl_pytree(body, (*constants, *cut(init, 0, rows.carry)), cut(xs, 1, rows.xs), reverse=reverse)
+    entering = (*cut(constants, 0, [rows.constants] * n), *cut(init, 0, rows.carry))
+    carry, ys = _scan_impl_pytree(body, entering, cut(xs, 1, rows.xs), reverse=reverse)
     return carry[n:], cut(ys, 1, [rows.ys] * len(ys))
 
 
@@ -153,8 +175,7 @@ def _rows_constraint() -> Callable[[Tensors, int, Sequence[bool]], Tensors]:
     mesh = spmd.get_global_mesh()
     if mesh is None:
         return lambda tensors, _axis, _has_rows: tensors
-    axes = tuple(name for name in mesh.axis_names if name in ROW_AXES)
-    parts = math.prod(mesh.shape()[name] for name in axes)
+    axes, parts = _row_axes(mesh), row_parts("scan")
 
     def one(u: Tensor, axis: int) -> Tensor:
         if parts == 1 or u.dim() <= axis or u.shape[axis] % parts:

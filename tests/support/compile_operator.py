@@ -15,9 +15,15 @@ from libs.flags.environment import choose_xla_platform, compile_without_a_tpu
 
 
 def main(what: str, S: int, words: Sequence[str]) -> dict[str, Any]:
+    """In a process that has not imported torch_xla."""
     compile_without_a_tpu()
     choose_xla_platform("CPU", 1)
     install(resolve({}, Facts(device="xla", mimo_backend="xla")))
+    return compiled(what, S, words)
+
+
+def compiled(what: str, S: int, words: Sequence[str]) -> dict[str, Any]:
+    """In one that has, and has gates installed."""
     import torch
     from torch import Tensor
 

@@ -14,9 +14,11 @@ HAVE_XLA = importlib.util.find_spec("torch_xla") is not None
 collect_ignore_glob = [] if HAVE_XLA else ["test_*.py"]
 
 if HAVE_XLA:
-    from libs.flags.environment import choose_xla_platform
+    from libs.flags.environment import choose_xla_platform, compile_without_a_tpu
 
+    # Both before torch_xla and jax are imported: this process has one device, and compiles for one chip besides.
     choose_xla_platform("CPU", 1)
+    compile_without_a_tpu()
 
 
 def pytest_report_header() -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +16,9 @@ from libs.model import HybridLM, ModelConfig, preset, scan_layers
 from libs.parallel.xla.homogeneous import Run
 from libs.parallel.xla.stack import NotLoopable, run_units
 from tests.support.mimo import relative_error
+from tests.support.own_process import ROOT, fathom
 from tests.support.tiny_run import RECIPE
 
-ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch_xla.device()
 VARIABLE = "FATHOM_XLA_SCAN_LAYERS"
 
@@ -114,13 +111,9 @@ def curve(corpus: Path, folder: Path, gate: str, *words: str) -> list[float]:
     folder.mkdir()
     settings = ["--train.steps", "3", "--schedule.warmup_steps", "1", "--schedule.decay_steps", "1"]
     settings += ["--data.windows_per_batch", "4", "--train.eval_every", "100", *words]
-    command = [sys.executable, "-m", "apps.cli", "train", "--recipe", str(recipe(corpus, folder, "M-M-")), *settings]
-    environment = {n: v for n, v in os.environ.items() if n not in ("PJRT_DEVICE", "CPU_NUM_DEVICES")}
-    done = subprocess.run(
-        [*command, "--run-dir", str(folder / "run")], cwd=ROOT, capture_output=True, text=True,
-        env=environment | {VARIABLE: gate},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    given = ("--recipe", recipe(corpus, folder, "M-M-"), *settings, "--run-dir", folder / "run")
+    status, _, err = fathom(ROOT, "train", *given, **{VARIABLE: gate})
+    assert status == 0, err[-3000:]
     events = list(read_events(folder / "run"))
     exposed = {event["gate"]: event["value"] for event in events if event["event"] == "gate.exposed"}
     assert exposed.get("xla_scan_layers", "off") == gate

@@ -5,17 +5,14 @@ torch_xla reads the number of devices once, so every mesh is a process of its ow
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from libs.flags.runlog import read_events
+from tests.support.own_process import ROOT, fathom
 from tests.support.tiny_run import RECIPE
 
-ROOT = Path(__file__).resolve().parents[2]
 CURVE = 2e-5
 STEPS = 3
 
@@ -27,12 +24,8 @@ def run(corpus: Path, folder: Path, *words: str) -> list[float]:
     (folder / "tiny.toml").write_text(text)
     settings = ["--train.steps", str(STEPS), "--schedule.warmup_steps", "1", "--schedule.decay_steps", "1"]
     settings += ["--data.windows_per_batch", "4", "--train.eval_every", "100", *words]
-    command = [sys.executable, "-m", "apps.cli", "train", "--recipe", str(folder / "tiny.toml"), *settings]
-    environment = {n: v for n, v in os.environ.items() if n not in ("PJRT_DEVICE", "CPU_NUM_DEVICES")}
-    done = subprocess.run(
-        [*command, "--run-dir", str(folder / "run")], cwd=ROOT, capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, _, err = fathom(ROOT, "train", "--recipe", folder / "tiny.toml", *settings, "--run-dir", folder / "run")
+    assert status == 0, err[-3000:]
     steps = [event for event in read_events(folder / "run") if event["event"] == "train.step"]
     assert len(steps) == STEPS
     return [float(step[name]) for step in steps for name in ("loss", "grad_norm")]

@@ -12,6 +12,7 @@ from apps.train.__main__ import main
 from apps.train.data.loader import Batch, BatchLoader
 from libs.flags.errors import run_entry
 from libs.flags.runlog import read_events
+from tests.support.own_process import ROOT, fathom
 from tests.support.tiny_run import RECIPE
 
 # The same arithmetic in another order; measured 1e-6.
@@ -92,12 +93,31 @@ def test_a_ragged_batch_is_an_anomaly_and_stops_a_strict_run(
     assert "compiled after warm-up" in stop["reason"]
 
 
-def test_a_resumed_run_equals_one_that_was_not_interrupted(recipe: Path, xla_run: Path, tmp_path: Path) -> None:
+# Dies without a word when the batch of step 7 is asked for; those of steps 8 and 9 wait on the device.
+KILLED = """
+import os, signal
+from apps.train.prefetch import Prefetcher
+whole, asked = Prefetcher.next_batch, []
+def next_batch(self):
+    asked.append(self)
+    if len(asked) == 7:
+        [waiting.result() for waiting in self._drawn]
+        assert self._loader.cursor != self.cursor
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(self)
+Prefetcher.next_batch = next_batch
+"""
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(recipe: Path, xla_run: Path, tmp_path: Path) -> None:
+    """From the checkpoint of step 4, and not with the batches that were prefetched."""
     run_dir = tmp_path / "cut"
-    words = ("--train.device", "xla", "--checkpoint.every", 4, "--train.stop_after", 4)
-    assert train(recipe, run_dir, *words) == 75
-    assert train(recipe, run_dir, "--resume", run_dir, "--train.stop_after", "none") == 0
-    assert losses(run_dir) == losses(xla_run)
+    words = ("--recipe", recipe, "--run-dir", run_dir, "--train.device", "xla", "--checkpoint.every", 4)
+    status, _, err = fathom(ROOT, "train", *words, code=KILLED)
+    assert status == -9, err[-3000:]
+    assert len(losses(run_dir)) == 6
+    assert train(recipe, run_dir, "--resume", run_dir) == 0
+    assert losses(run_dir)[-4:] == losses(xla_run)[-4:]
     for name in ("model.safetensors", "optimizer.safetensors"):
         ours, theirs = (run / "checkpoints" / "step-00000008" / name for run in (run_dir, xla_run))
         assert ours.read_bytes() == theirs.read_bytes(), name

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnF
 
-from libs.kernels.chunk_loop import Driver, Tensors, chunk_loop
+from libs.kernels.chunk_loop import Driver, Tensors, chunk_loop, row_parts
 
-# Scores of one block of queries, all rows and heads: 512 MiB in fp32.
+# Scores of one block of queries, all heads and the rows of one chip: 512 MiB in fp32.
 BLOCK_SCORES = 2**27
 
 
@@ -31,7 +31,7 @@ def attention_xla(
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     B, S, H, D = q_BSHD.shape
     T, G = k_BTGD.shape[1:3]
-    block = min(default_block(B, H, T) if block is None else block, S)
+    block = min(default_block(-(-B // row_parts(driver)), H, T) if block is None else block, S)
     missing = -S % block
     device = q_BSHD.device
 

@@ -23,6 +23,8 @@ from jaxlib.mlir import ir
 from torch import Tensor
 
 from libs.parallel.xla.cycles import Modelled, modelled_cycles
+from libs.parallel.xla.hlo import parse
+from libs.parallel.xla.roofline import Counted, count
 from libs.parallel.xla.topology import MeshShape, Partition, Topology, op_sharding
 
 
@@ -46,7 +48,7 @@ class Lowered(NamedTuple):
 class Compiled(NamedTuple):
     """What libtpu says. Bytes of one chip: temporaries, results, results that share an argument's memory, code.
 
-    flops, accessed: as XLA counts them, which is once for the body of a loop.
+    flops, accessed: as XLA counts them, which is once for the body of a loop; counted has loops.
     """
 
     temporaries: int
@@ -57,6 +59,7 @@ class Compiled(NamedTuple):
     flops: float
     accessed: float
     modelled: Modelled
+    counted: Counted
     seconds: float
 
     @property
@@ -151,6 +154,7 @@ def compile_for(lowered: Lowered, topology: Topology, *, quick: bool = False) ->
         raise DoesNotFit(str(error)) from error
     seconds = time.perf_counter() - start
     memory, cost = program.get_compiled_memory_stats(), program.cost_analysis()
+    text = parse(program.hlo_modules()[0].to_string())
     cost = cost[0] if isinstance(cost, list | tuple) else cost
     return Compiled(
         temporaries=memory.temp_size_in_bytes,
@@ -160,6 +164,7 @@ def compile_for(lowered: Lowered, topology: Topology, *, quick: bool = False) ->
         code=memory.generated_code_size_in_bytes,
         flops=float(cost.get("flops", 0.0)),
         accessed=float(cost.get("bytes accessed", 0.0)),
-        modelled=modelled_cycles(program.hlo_modules()[0].to_string()),
+        modelled=modelled_cycles(text),
+        counted=count(text),
         seconds=seconds,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ def test_a_device_without_its_packages(
     said = capsys.readouterr().err
     assert f"train.device = {device!r}" in said
     assert "torch_xla==2.9.0 is not installed" in said
+    assert f"torch==2.9.0 is needed, {importlib.metadata.version('torch')} is installed" in said
     assert "make setup-tpu" in said
     assert not (tmp_path / "run").exists()
 

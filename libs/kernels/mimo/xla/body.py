@@ -18,15 +18,16 @@ from libs.kernels.mimo.shapes import TWO_PI
 
 
 class HeadParams(NamedTuple):
-    """Parameters in the accumulation dtype; None where the option is off."""
+    """Parameters in the accumulation dtype, one copy for each sequence (`libs.kernels.chunk_loop`); None where the
+    option is off."""
 
-    q_bias_HRN: Tensor
-    k_bias_HRN: Tensor
-    mimo_v_HRP: Tensor
-    mimo_z_HRP: Tensor | None
-    mimo_out_HRP: Tensor | None
-    d_H: Tensor | None
-    norm_weight_HP: Tensor | None
+    q_bias_BHRN: Tensor
+    k_bias_BHRN: Tensor
+    mimo_v_BHRP: Tensor
+    mimo_z_BHRP: Tensor | None
+    mimo_out_BHRP: Tensor | None
+    d_BH: Tensor | None
+    norm_weight_BHP: Tensor | None
 
 
 class ChunkInputs(NamedTuple):
@@ -87,12 +88,12 @@ def _running_sum(u_BxC: Tensor, pair_BCC: Tensor) -> Tensor:
     return torch.where(pair, u_BxC[..., None, :], 0.0).sum(-1)
 
 
-def rotated(u_BCRGN: Tensor, bias_HRN: Tensor, theta_BHAC: Tensor, divisor: int) -> Tensor:
+def rotated(u_BCRGN: Tensor, bias_BHRN: Tensor, theta_BHAC: Tensor, divisor: int) -> Tensor:
     """(B,H,R,C,N): one group's rows for each of its heads, biased, then rotated by the head's angle."""
-    heads, groups = bias_HRN.shape[0], u_BCRGN.shape[3]
-    u_BGRCN = u_BCRGN.permute(0, 3, 2, 1, 4).to(bias_HRN.dtype)
-    per_head = bias_HRN.view(groups, heads // groups, *bias_HRN.shape[1:])
-    u = (u_BGRCN[:, :, None] + per_head[None, :, :, :, None]).flatten(1, 2)
+    heads, groups = bias_BHRN.shape[1], u_BCRGN.shape[3]
+    u_BGRCN = u_BCRGN.permute(0, 3, 2, 1, 4).to(bias_BHRN.dtype)
+    per_head = bias_BHRN.reshape(bias_BHRN.shape[0], groups, heads // groups, *bias_BHRN.shape[2:])
+    u = (u_BGRCN[:, :, None] + per_head[:, :, :, :, None]).flatten(1, 2)
     lo, hi = rotary_slices(u.shape[-1], divisor)
     cos, sin = (part.transpose(2, 3)[:, :, None] for part in (theta_BHAC.cos(), theta_BHAC.sin()))
     a, b = u[..., lo], u[..., hi]
@@ -105,18 +106,18 @@ def rotated(u_BCRGN: Tensor, bias_HRN: Tensor, theta_BHAC: Tensor, divisor: int)
 def _finish(y_BHRCP: Tensor, chunk: ChunkInputs, params: HeadParams, norm_eps: float) -> Tensor:
     """Norm, gate and sum over ranks."""
 
-    def ranked(u_HRP: Tensor) -> Tensor:
-        return u_HRP[None, :, :, None]
+    def ranked(u_BHRP: Tensor) -> Tensor:
+        return u_BHRP[:, :, :, None]
 
-    if params.norm_weight_HP is not None:
+    if params.norm_weight_BHP is not None:
         inverse = torch.rsqrt(y_BHRCP.square().mean(dim=-1, keepdim=True) + norm_eps)
-        y_BHRCP = y_BHRCP * inverse * params.norm_weight_HP[None, :, None, None]
-    if chunk.z_BCHP is not None and params.mimo_z_HRP is not None:
+        y_BHRCP = y_BHRCP * inverse * params.norm_weight_BHP[:, :, None, None]
+    if chunk.z_BCHP is not None and params.mimo_z_BHRP is not None:
         z_BHCP = chunk.z_BCHP.to(y_BHRCP.dtype).transpose(1, 2)
-        y_BHRCP = y_BHRCP * nnF.silu(z_BHCP[:, :, None] * ranked(params.mimo_z_HRP))
-    if params.mimo_out_HRP is None:
+        y_BHRCP = y_BHRCP * nnF.silu(z_BHCP[:, :, None] * ranked(params.mimo_z_BHRP))
+    if params.mimo_out_BHRP is None:
         return y_BHRCP.permute(0, 3, 2, 1, 4)
-    return (y_BHRCP * ranked(params.mimo_out_HRP)).sum(dim=2).transpose(1, 2)
+    return (y_BHRCP * ranked(params.mimo_out_BHRP)).sum(dim=2).transpose(1, 2)
 
 
 def run_chunk(
@@ -127,7 +128,7 @@ def run_chunk(
     dtype: operands of matrix products are rounded to it (bf16) and multiplied in the accumulation dtype. That is what a
     matrix unit does with bf16 operands, and the state itself is never rounded.
     """
-    acc = params.mimo_v_HRP.dtype
+    acc = params.mimo_v_BHRP.dtype
     masks = _masks(chunk)
 
     def rounded(u: Tensor) -> Tensor:
@@ -140,10 +141,10 @@ def run_chunk(
     if masks.carry_BC is not None:
         start_BHAC = start_BHAC * masks.carry_BC[:, None, None].to(acc)
     theta_BHAC = start_BHAC + _running_sum(turn_BHAC, masks.pair_BCC)
-    q_BHRCN = rotated(chunk.q_BCRGN, params.q_bias_HRN, theta_BHAC, divisor)
-    k_BHRCN = rotated(chunk.k_BCRGN, params.k_bias_HRN, theta_BHAC, divisor)
+    q_BHRCN = rotated(chunk.q_BCRGN, params.q_bias_BHRN, theta_BHAC, divisor)
+    k_BHRCN = rotated(chunk.k_BCRGN, params.k_bias_BHRN, theta_BHAC, divisor)
     if chunk.x_BCRHP is None:
-        x_BHRCP = chunk.v_BCHP.to(acc).transpose(1, 2)[:, :, None] * params.mimo_v_HRP[None, :, :, None]
+        x_BHRCP = chunk.v_BCHP.to(acc).transpose(1, 2)[:, :, None] * params.mimo_v_BHRP[:, :, :, None]
     else:
         x_BHRCP = chunk.x_BCRHP.to(acc).permute(0, 3, 2, 1, 4)
 
@@ -164,8 +165,8 @@ def run_chunk(
     scores = (q @ k.transpose(2, 3)).view(*q.shape[:2], R, C, R, C) * weight_BHCC[:, :, None, :, None]
     y = rounded(scores.view(*q.shape[:2], R * C, R * C)) @ x
     y_BHRCP = y.view(x_BHRCP.shape) + carry_BHC[:, :, None, :, None] * (q @ rounded(carry.h_BHNP)).view(x_BHRCP.shape)
-    if params.d_H is not None:
-        y_BHRCP = y_BHRCP + params.d_H[None, :, None, None, None] * x_BHRCP
+    if params.d_BH is not None:
+        y_BHRCP = y_BHRCP + params.d_BH[:, :, None, None, None] * x_BHRCP
     entry_BHRCN = k_BHRCN * (leave_BHC * chunk.later_BHC)[:, :, None, :, None]
     added_BHNP = rounded(entry_BHRCN).flatten(2, 3).transpose(2, 3) @ x
     h_BHNP = through_BH[..., None, None] * carry.h_BHNP + added_BHNP

@@ -49,7 +49,7 @@ def mimo_xla(
     carry, (y_cBC,) = chunk_loop(body, _present(params), _entry(inputs, dims, state, acc), _present(chunks), driver)
     angle_BHA, h_BHNP = carry
     out = y_cBC.transpose(0, 1).flatten(1, 2)[:, : dims.S]
-    k_BHR1N = rotated(inputs.k[:, -1:], params.k_bias_HRN, angle_BHA[..., None], rotary_dim_divisor)
+    k_BHR1N = rotated(inputs.k[:, -1:], params.k_bias_BHRN, angle_BHA[..., None], rotary_dim_divisor)
     last = MimoState(angle_BHA, h_BHNP.transpose(2, 3), k_BHR1N[:, :, :, 0].transpose(1, 2), inputs.v[:, -1].to(acc))
     return out, last
 
@@ -79,7 +79,8 @@ def _params(inputs: MimoInputs, acc: torch.dtype) -> HeadParams:
     parts = (
         inputs.q_bias, inputs.k_bias, inputs.mimo_v, inputs.mimo_z, inputs.mimo_out, inputs.d, inputs.norm_weight,
     )  # fmt: skip
-    return HeadParams(*(None if u is None else u.to(acc) for u in parts))  # type: ignore[arg-type]
+    rows = inputs.v.shape[0]
+    return HeadParams(*(None if u is None else u.to(acc).expand(rows, *u.shape) for u in parts))  # type: ignore[arg-type]
 
 
 def _entry(inputs: MimoInputs, dims: Dims, state: MimoState | None, acc: torch.dtype) -> Tensors:

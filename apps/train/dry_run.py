@@ -185,6 +185,7 @@ def _communication(config: TrainConfig, machine: Machine, layout: Layout) -> Tab
         dtype_bytes=2 if machine.bf16 else 4,
         recompute=config.train.activation_checkpointing == "block",
         gradients_whole=config.parallel.engine != "megatron",
+        optimizer_sharded=config.parallel.engine == "megatron" or config.parallel.shard_optimizer,
         fp8_elements=fp8_elements(config.model.architecture(), layout.tp) if config.parallel.fp8_recipe else 0,
     )
     total = sum(sent.values())

@@ -33,6 +33,7 @@ def step_communication(
     dtype_bytes: int,
     recompute: bool,
     gradients_whole: bool,
+    optimizer_sharded: bool,
     fp8_elements: int = 0,
 ) -> dict[str, int]:
     """Bytes sent by one rank: "tp layers", "tp embedding and head", "cp scan", "cp attention", "dp gradients" and "dp
@@ -42,7 +43,8 @@ def step_communication(
         config: the whole model. tokens: of a micro-batch on one rank. dtype_bytes: of activations inside a layer (2
             under autocast). recompute: blocks run their forward twice (activation checkpointing). gradients_whole:
             every replica gets all of them (torch's engine), not the part that it updates (Megatron's).
-            fp8_elements: of a rank's parameters, those gathered as bytes; all others are fp32.
+            optimizer_sharded: a replica updates a part of the parameters, and gathers the others. fp8_elements: of a
+            rank's parameters, those gathered as bytes; all others are fp32.
 
     Sequence parallelism sends the same bytes as an all-reduce does. Under tp a layer's input comes in fp32, since norms
     keep the dtype of the residual stream.
@@ -62,9 +64,10 @@ def step_communication(
     }
     of_rank = parameter_count(local_config(config, tp)).total
     replicas = layout.dp * cp
+    gathered = (of_rank - fp8_elements) * FP32 + fp8_elements
     per_step = {
         "dp gradients": _one_way(of_rank * FP32, replicas) * (2 if gradients_whole else 1),
-        "dp parameters": _one_way((of_rank - fp8_elements) * FP32 + fp8_elements, replicas),
+        "dp parameters": _one_way(gathered if optimizer_sharded else 0, replicas),
     }
     sent = {name: nbytes * micro_batches for name, nbytes in once.items()} | per_step
     return {name: round(nbytes) for name, nbytes in sent.items()}

@@ -71,8 +71,8 @@ def test_replicas_send_gradients_and_parameters_and_fp8_parameters_as_bytes(
     in_fp8 = 958_660_608
     layout = ["--parallel.dp", "2", "--parallel.tp", "4", "--data.windows_per_batch", "2"]
 
-    def sent(recipe: str) -> tuple[str, str]:
-        assert train("--recipe", recipe, *layout, "--dry-run") == 0
+    def sent(recipe: str, *words: str) -> tuple[str, str]:
+        assert train("--recipe", recipe, *layout, *words, "--dry-run") == 0
         said = capsys.readouterr().out
         assert f"{of_rank:,}" in said
         gradients, parameters = (row(said, "sent by each rank", name)[0] for name in ("dp gradients", "dp parameters"))
@@ -80,6 +80,9 @@ def test_replicas_send_gradients_and_parameters_and_fp8_parameters_as_bytes(
 
     whole = f"{of_rank * 4 / 2 / 2**30:.3f} GiB"
     assert sent("h200_8x_bf16") == (whole, whole)
+    torch_engine = ("--parallel.engine", "torch")
+    assert sent("h200_8x_bf16", *torch_engine) == (f"{of_rank * 4 / 2**30:.3f} GiB", "0.000 GiB")
+    assert sent("h200_8x_bf16", *torch_engine, "--parallel.shard_optimizer", "true")[1] == whole
     assert sent("h200_8x_fp8") == (whole, f"{(of_rank * 4 - in_fp8 * 3) / 2 / 2**30:.3f} GiB")
 
 

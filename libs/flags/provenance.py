@@ -19,6 +19,8 @@ from libs.flags.environment import REDACTED, allowed_variables, names_a_secret
 
 ROOT = Path(__file__).resolve().parents[2]
 _GIT_SECONDS = 30
+# Receipts that were just written are results: the next benchmark's code is not changed by them.
+_RESULTS = "infra/receipts"
 
 
 class GitState(NamedTuple):
@@ -53,11 +55,14 @@ def snapshot(extra: Mapping[str, Any], *, root: Path = ROOT) -> dict[str, Any]:
 
 
 def git_state(root: Path = ROOT) -> GitState:
-    """Commit and dirtiness of the checkout at `root`. No git and no checkout are answers, not errors."""
+    """Commit and dirtiness of the checkout at `root`. No git and no checkout are answers, not errors.
+
+    New files among the receipts leave it clean; a changed receipt does not.
+    """
     try:
         commit = _git(root, "rev-parse", "--verify", "HEAD").decode().strip()
         difference = _git(root, "diff", "--no-ext-diff", "--binary", "HEAD")
-        untracked = _git(root, "ls-files", "-z", "--others", "--exclude-standard")
+        untracked = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", ".", f":(exclude){_RESULTS}")
     except FileNotFoundError:
         return GitState(None, None, None, "git is not installed")
     except subprocess.TimeoutExpired:

@@ -108,6 +108,7 @@ def _measured(folder: Path, problems: list[str]) -> dict[str, Draft]:
             except UserError as error:
                 problems.append(str(error))
                 continue
-            label = f"Crossover, {receipt.hardware.machine}"
+            longest = max(point.seq_len for point in curves.points)
+            label = f"Crossover to {longest:,}, {receipt.hardware.machine}"
             drafts[f"crossover-{name}.html"] = Draft(label, partial(crossover_page, curves))
     return drafts

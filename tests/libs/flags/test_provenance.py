@@ -13,17 +13,18 @@ from libs.flags.events import EnvSnapshot
 from libs.flags.provenance import git_state, redact_command, snapshot
 
 
+def git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    def git(*arguments: str) -> None:
-        identity = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
-        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
-
-    git("init", "-q")
+    git(tmp_path, "init", "-q")
     (tmp_path / ".gitignore").write_text("ignored\n")
     (tmp_path / "a.txt").write_text("one\n")
-    git("add", "-A")
-    git("commit", "-qm", "first")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "first")
     return tmp_path
 
 
@@ -52,6 +53,21 @@ def test_the_dirty_hash_follows_the_changes(checkout: Path) -> None:
     seen.add(git_state(checkout).dirty_hash)
     assert len(seen) == 5
     assert None not in seen
+
+
+def test_new_receipts_are_results_and_changed_ones_are_changes(checkout: Path) -> None:
+    """`fathom bench all` writes one after the other, of the same code."""
+    receipt = checkout / "infra" / "receipts" / "one" / "receipt.json"
+    receipt.parent.mkdir(parents=True)
+    receipt.write_text("{}\n")
+    assert git_state(checkout).dirty is False
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-q", "-m", "receipt")
+    receipt.write_text('{"mended": true}\n')
+    assert git_state(checkout).dirty is True
+    receipt.write_text("{}\n")
+    (checkout / "infra" / "other.json").write_text("{}\n")
+    assert git_state(checkout).dirty is True
 
 
 def test_no_checkout_and_no_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

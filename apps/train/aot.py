@@ -97,7 +97,7 @@ def aot(config: TrainConfig, recipe: str, slice_name: str, *, quick: bool = Fals
         _write(record)
         print(f"{target.name}: DOES NOT FIT: {_first_lines(str(error))}", file=sys.stderr)
         return ExitStatus.USAGE
-    record |= _measures(config, compiled, target)
+    record |= _measures(compiled, target)
     _write(record)
     _show(config, target, lowered, compiled, quick)
     return ExitStatus.OK if compiled.peak <= target.chip.usable_bytes else ExitStatus.USAGE
@@ -200,7 +200,7 @@ def _record(
     }
 
 
-def _measures(config: TrainConfig, compiled: Compiled, target: Topology) -> dict[str, Any]:
+def _measures(compiled: Compiled, target: Topology) -> dict[str, Any]:
     """What the compiler says, under names that say what it is."""
     found = compiled._asdict() | {"modelled": compiled.modelled._asdict(), "counted": compiled.counted._asdict()}
     found["modelled"]["loops"] = [loop._asdict() for loop in compiled.modelled.loops]

@@ -13,10 +13,9 @@ from libs.flags.errors import UserError
 
 
 class Chip(NamedTuple):
-    """hbm_bytes: as sold; usable_bytes: what a program can have. peak: bf16 FLOP/s; clock: Hz, inferred."""
+    """usable_bytes: what a program can have of its HBM. peak: bf16 FLOP/s; clock: Hz, inferred."""
 
     name: str
-    hbm_bytes: int
     usable_bytes: int
     peak_bf16: float
     bandwidth: float
@@ -32,7 +31,7 @@ class Topology(NamedTuple):
     chip: Chip
 
 
-V6E = Chip("TPU v6e", 32 * 10**9, 33_822_867_456, 918e12, 1638e9, 1.75e9)
+V6E = Chip("TPU v6e", 33_822_867_456, 918e12, 1638e9, 1.75e9)
 TOPOLOGIES: Mapping[str, Topology] = {
     # libtpu knows no slice of one chip: one device of four is used.
     "v6e-1": Topology("v6e-1", 1, "v6e:2x2", V6E),

@@ -24,13 +24,14 @@ from apps.train.optim import build_optimizer
 from libs.flags.environment import choose_xla_platform, compile_without_a_tpu, fathom_variables
 from libs.flags.errors import ExitStatus, UserError
 from libs.flags.installed import install
+from libs.flags.provenance import git_state, redact_command
 from libs.flags.resolve import resolve
 from libs.kernels.attention.pallas.gates import requested_backend as requested_attention
 from libs.kernels.mimo import choose_backend
 from libs.model import HybridLM, flops_per_token, parameter_count
 from libs.model.hybrid import between_blocks
 from libs.model.sharding import model_partitions
-from libs.parallel.xla.pins import AHEAD_OF_TIME, refuse_other_versions
+from libs.parallel.xla.pins import AHEAD_OF_TIME, PINS, refuse_other_versions
 from libs.parallel.xla.topology import MeshShape, Topology, row_partition, topology
 
 if TYPE_CHECKING:
@@ -184,11 +185,16 @@ def _record(
 ) -> dict[str, Any]:
     architecture = config.model.architecture()
     tokens = config.data.windows_per_batch * config.data.window
+    git = git_state()
     return {
         "recipe": recipe,
         "slice": target.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": redact_command(sys.argv),
+        "git_commit": git.commit,
+        "git_dirty": git.dirty,
+        "git_dirty_hash": git.dirty_hash,
+        "versions": {name: PINS[name] for name in AHEAD_OF_TIME},
         "config_hash": config.hash(),
         "mesh": mesh._asdict(),
         "effort": "quick" if quick else "full",

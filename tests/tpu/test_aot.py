@@ -12,6 +12,7 @@ import pytest
 
 from apps.train.__main__ import main
 from libs.flags.errors import run_entry
+from libs.flags.provenance import git_state
 from libs.parallel.xla import pins
 from tests.support.own_process import fathom
 
@@ -57,6 +58,8 @@ def test_a_step_is_compiled_for_four_chips(step: tuple[dict[str, Any], str]) -> 
     assert share < found["counted"]["flops"] < 20 * share
     assert record["modelled_seconds"] > record["bound_seconds"] > 0
     assert "never measured" in record["modelled_seconds_are"]
+    # What made it, as in a receipt.
+    assert (record["git_commit"], record["versions"]["libtpu"]) == (git_state().commit, pins.PINS["libtpu"])
 
 
 def test_chips_exchange_what_fsdp_predicts(step: tuple[dict[str, Any], str]) -> None:

@@ -168,9 +168,8 @@ def _eager_loop(operands: Operands, *, plan: PsivPlan, psiv: bool) -> Tensor:
         q=q, k=k, v=v, adt=adt, dt=dt, trap=trap, q_bias=q_bias, k_bias=k_bias, mimo_v=mimo_v, angles=angles,
         mimo_z=mimo_z, mimo_out=mimo_out, d=d, z=z, norm_weight=None,
     )  # fmt: skip
-    divisor = plan.shape.divisor
-    dims = check_inputs(inputs, divisor)
-    return mimo_xla(inputs, dims, plan.chunk_size, divisor, 1e-5, None, driver="loop", psiv=psiv)[0]
+    dims = check_inputs(inputs, plan.shape.divisor)
+    return mimo_xla(inputs, dims, plan.chunk_size, 1e-5, None, driver="loop", psiv=psiv)[0]
 
 
 def _check(plan: PsivPlan, arms: Sequence[Arm]) -> list[Outcome]:

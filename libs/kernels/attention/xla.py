@@ -35,6 +35,10 @@ def attention_xla(
     missing = -S % block
     device = q_BSHD.device
 
+    def rows(u_Bq: Tensor) -> Tensor:
+        """(B,G,x). With an axis for every one of the scores: the mask, once widened, would be written to memory."""
+        return torch.cat([u_Bq] * (H // G), dim=1)[:, None].expand(-1, G, -1)
+
     def blocks(u_BS: Tensor) -> Tensor:
         return u_BS.view(u_BS.shape[0], -1, block, *u_BS.shape[2:]).transpose(0, 1)
 
@@ -51,18 +55,19 @@ def attention_xla(
     # Autograd keeps the body until the graph is gone, so it may close over no tensor.
     def body(constants: Tensors, carry: Tensors, x: Tensors) -> tuple[Tensors, Tensors]:
         k_BGTD, v_BGTD = constants[:2]
-        q_BGhqD = x[0].permute(0, 2, 3, 1, 4)
-        scores = q_BGhqD.to(acc) @ k_BGTD[:, :, None].transpose(3, 4) * scale
+        # The heads of a group are rows (x = h*q) of one product: keys and values are not copied for each.
+        scores_BGxT = x[0].permute(0, 2, 3, 1, 4).to(acc).flatten(2, 3) @ k_BGTD.transpose(2, 3) * scale
         visible = None
         if causal:
-            visible = (torch.arange(T, device=device) <= x[1][..., None])[None, None]
+            keys_BGT = torch.arange(T, device=device).expand(*scores_BGxT.shape[:2], T)
+            visible = keys_BGT[:, :, None] <= rows(x[1].expand(scores_BGxT.shape[0], block))[..., None]
         if packed:
-            same = (x[2][:, :, None] == constants[2][:, None, :])[:, None, None]
+            same = rows(x[2])[..., None] == constants[2][:, None, None].expand(-1, G, 1, T)
             visible = same if visible is None else visible & same
         if visible is not None:
-            scores = torch.where(visible, scores, -torch.inf)
-        out = scores.softmax(-1).to(dtype).to(acc) @ v_BGTD[:, :, None]
-        return carry, (out.permute(0, 3, 1, 2, 4).flatten(2, 3),)
+            scores_BGxT = torch.where(visible, scores_BGxT, -torch.inf)
+        out_BGxD = scores_BGxT.softmax(-1).to(dtype).to(acc) @ v_BGTD
+        return carry, (out_BGxD.view(*out_BGxD.shape[:2], H // G, block, D).permute(0, 3, 1, 2, 4).flatten(2, 3),)
 
     _, (out,) = chunk_loop(body, constants, (), xs, driver)
     return out.transpose(0, 1).flatten(1, 2)[:, :S].to(q_BSHD.dtype)

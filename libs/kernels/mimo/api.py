@@ -146,7 +146,7 @@ def mamba3_mimo(
             return (out, state) if return_state else out
         if choice.value in XLA_DRIVERS:
             out, state = _on_xla(
-                inputs, dims, chunk_size, rotary_dim_divisor, norm_eps, initial_state, cu_seqlens, document_ids,
+                inputs, dims, chunk_size, norm_eps, initial_state, cu_seqlens, document_ids,
                 XLA_DRIVERS[choice.value], return_state,
             )  # fmt: skip
             out = out.to(V.dtype if dtype is None else dtype)
@@ -189,15 +189,13 @@ def _on_hopper(
 
 
 def _on_xla(
-    inputs: MimoInputs, dims: Dims, chunk_size: int, rotary_dim_divisor: int, norm_eps: float,
+    inputs: MimoInputs, dims: Dims, chunk_size: int, norm_eps: float,
     state: MimoState | None, cu_seqlens: Tensor | None, ids_BS: Tensor | None, driver: Driver, return_state: bool,
 ) -> MimoResult:  # fmt: skip
     psiv = value_of("psiv_cache") in PSIV_STAGES
 
     def run(part: MimoInputs, part_dims: Dims, state: MimoState | None) -> MimoResult:
-        return mimo_xla(
-            part, part_dims, chunk_size, rotary_dim_divisor, norm_eps, state, ids_BS, driver=driver, psiv=psiv
-        )
+        return mimo_xla(part, part_dims, chunk_size, norm_eps, state, ids_BS, driver=driver, psiv=psiv)
 
     if cu_seqlens is not None:
         if ids_BS is not None:

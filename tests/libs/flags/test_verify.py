@@ -135,6 +135,8 @@ def test_deleting(tmp_path: Path, pristine: Pristine, index: int, count: int) ->
     del lines[index : index + count]
     result = _judge(tmp_path, lines)
     assert (result.status, result.kind, result.first_bad) == ("tampered", "delete", index)
+    named = f"record {index} is missing" if count == 1 else f"records {index} to {index + 1} are missing"
+    assert named in result.problem
 
 
 @pytest.mark.parametrize("index", [0, 3, COUNT - 2])

@@ -15,14 +15,14 @@ from torch.nn import functional as nnF
 
 from libs.kernels.chunk_loop import Driver, Tensors, chunk_loop
 from libs.kernels.mimo.shapes import Dims, MimoInputs, MimoResult, MimoState, accumulation_dtype
-from libs.kernels.mimo.xla.body import Carry, ChunkInputs, HeadParams, rotated, run_chunk
+from libs.kernels.mimo.xla.body import Carry, ChunkInputs, HeadParams, rotated, run_chunk, running_sum
 
 # What of gate psiv_cache there is: the products of every rank made once, before the loop, and kept for backward.
 PSIV_STAGES = ("python_precompute",)
 
 
 def mimo_xla(
-    inputs: MimoInputs, dims: Dims, chunk_size: int, rotary_dim_divisor: int, norm_eps: float,
+    inputs: MimoInputs, dims: Dims, chunk_size: int, norm_eps: float,
     state: MimoState | None, ids_BS: Tensor | None = None, *, driver: Driver = "scan", psiv: bool = False,
 ) -> MimoResult:  # fmt: skip
     """Equal to `reference.mimo_reference` for every chunk size; see `api.mamba3_mimo`. Static shapes only.
@@ -43,13 +43,13 @@ def mimo_xla(
 
     def body(constants: Tensors, carry: Tensors, x: Tensors) -> tuple[Tensors, Tensors]:
         given, chunk = HeadParams(*_restored(params_there, constants)), ChunkInputs(*_restored(chunks_there, x))
-        after, y = run_chunk(given, Carry(*carry), chunk, divisor=rotary_dim_divisor, norm_eps=norm_eps, dtype=dtype)
+        after, y = run_chunk(given, Carry(*carry), chunk, norm_eps=norm_eps, dtype=dtype)
         return tuple(after), (y,)
 
     carry, (y_cBC,) = chunk_loop(body, _present(params), _entry(inputs, dims, state, acc), _present(chunks), driver)
     angle_BHA, h_BHNP = carry
     out = y_cBC.transpose(0, 1).flatten(1, 2)[:, : dims.S]
-    k_BHR1N = rotated(inputs.k[:, -1:], params.k_bias_BHRN, angle_BHA[..., None], rotary_dim_divisor)
+    k_BHR1N = rotated(inputs.k[:, -1:], params.k_bias_BHRN, angle_BHA[:, :, None])
     last = MimoState(angle_BHA, h_BHNP.transpose(2, 3), k_BHR1N[:, :, :, 0].transpose(1, 2), inputs.v[:, -1].to(acc))
     return out, last
 
@@ -114,16 +114,17 @@ def _chunks(inputs: MimoInputs, dims: Dims, C: int, ids_BS: Tensor | None, psiv:
         tail = ids_BS[:, -1:].expand(-1, missing)
         ids = torch.cat([ids_BS, tail], dim=1).view(-1, chunks, C).transpose(0, 1)
         before = torch.cat([ids[:1, :, 0], ids[:-1, :, -1]])
+    turn_BSHA = torch.tanh(inputs.angles.to(acc)) * (dt.transpose(1, 2) * torch.pi)[..., None]
+    turn_BHAS = along_1(turn_BSHA).permute(0, 1, 3, 4, 2)
     return ChunkInputs(
         q_BCRGN=along_1(inputs.q),
         k_BCRGN=along_1(inputs.k),
         v_BCHP=along_1(inputs.v),
-        adt_BHC=along_2(inputs.adt.to(acc)),
-        dt_BHC=along_2(dt),
+        log_BHC=running_sum(along_2(inputs.adt.to(acc)), None if ids is None else ids[:, :, None]),
+        theta_BHCA=running_sum(turn_BHAS, None if ids is None else ids[:, :, None, None]).transpose(3, 4),
         gamma_BHC=along_2(gamma),
         # The shifted term of the last token of a document is masked with the document, that of the last token is 0.
         later_BHC=along_2(gamma + nnF.pad(lead[..., 1:], (0, 1))),
-        angles_BCHA=along_1(inputs.angles.to(acc)),
         z_BCHP=None if inputs.z is None else along_1(inputs.z),
         x_BCRHP=along_1(_spread_values(inputs)) if psiv else None,
         documents_BC=ids,

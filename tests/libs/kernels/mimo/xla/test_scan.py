@@ -11,7 +11,7 @@ from torch import Tensor
 
 from libs.kernels.mimo import MimoState, mamba3_mimo
 from libs.kernels.mimo.shapes import MimoInputs, check_inputs
-from libs.kernels.mimo.xla import body
+from libs.kernels.mimo.xla import body, scan
 from libs.kernels.mimo.xla.scan import document_ids, mimo_xla
 from tests.support.mimo import Shape, as_fp64, operands, random_state, relative_error, require_grad
 
@@ -30,7 +30,7 @@ def xla(tensors: Named, shape: Shape, chunk: int, *, ids=None, state=None, psiv=
     given = {name.lower(): u for name, u in tensors.items()}
     inputs = MimoInputs(**given)  # type: ignore[arg-type]
     dims = check_inputs(inputs, shape.divisor)
-    return mimo_xla(inputs, dims, chunk, shape.divisor, 1e-5, state, ids, driver="loop", psiv=psiv)
+    return mimo_xla(inputs, dims, chunk, 1e-5, state, ids, driver="loop", psiv=psiv)
 
 
 def oracle(tensors: Named, shape: Shape, *, cu=None, state=None) -> tuple[Tensor, MimoState]:
@@ -157,10 +157,10 @@ def test_angles_do_not_drift() -> None:
 
 
 MUTATIONS = {
-    "future tokens are seen": ("_masks", lambda m: m._replace(pair_BCC=torch.ones_like(m.pair_BCC))),
-    "a document inherits the state": ("_masks", lambda m: m._replace(through_B=torch.ones_like(m.through_B))),
-    "a document reads the state": ("_masks", lambda m: m._replace(carry_BC=torch.ones_like(m.carry_BC))),
-    "an ended document stays in the state": ("_masks", lambda m: m._replace(leave_BC=torch.ones_like(m.leave_BC))),
+    "future tokens are seen": ("penalty_BFF", torch.zeros_like),
+    "a document inherits the state": ("through_B1", torch.ones_like),
+    "a document reads the state": ("carry_B1C", torch.ones_like),
+    "an ended document stays in the state": ("leave_B1C", torch.ones_like),
 }
 
 
@@ -169,10 +169,48 @@ def test_a_wrong_mask_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     shape, cu = Shape(), [0, 3, 8, 20, 21, 37]
     tensors = operands(shape)
     want = oracle(tensors, shape, cu=cu)[0]
-    where, mutate = MUTATIONS[name]
-    right = getattr(body, where)
-    monkeypatch.setattr(body, where, lambda chunk: mutate(right(chunk)))
+    part, mutate = MUTATIONS[name]
+    right = body._masks
+
+    def wrong(chunk: body.ChunkInputs, ranks: int) -> body._Masks:
+        masks = right(chunk, ranks)
+        return masks._replace(**{part: mutate(getattr(masks, part))})
+
+    monkeypatch.setattr(body, "_masks", wrong)
     assert relative_error(xla(tensors, shape, 8, ids=document_ids(cu, shape.S))[0], want) > 1e-6
+
+
+def test_a_running_sum_over_documents_is_found_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums that run on over the end of a document turn the last one's angle; its queries and keys turn alike."""
+    shape, cu = Shape(), [0, 3, 8, 20, 21, 37]
+    tensors = operands(shape)
+    want = oracle(tensors, shape, cu=cu)[1].angle[-1:]
+
+    def off() -> Tensor:
+        angle = xla(tensors, shape, 8, ids=document_ids(cu, shape.S))[1].angle
+        return ((angle - want + torch.pi).remainder(2 * torch.pi) - torch.pi).abs().max()
+
+    assert off() <= FP64
+    right = scan.running_sum
+    monkeypatch.setattr(scan, "running_sum", lambda u, documents: right(u, None))
+    assert off() > 1e-3
+
+
+@pytest.mark.parametrize("C", [1, 2, 5, 8, 13])
+def test_a_running_sum_is_that_of_each_document(C: int) -> None:
+    """By hand, one token after the other; what is not a number in one document reaches no other."""
+    u = torch.randn(3, 2, C, dtype=torch.float64, generator=torch.Generator().manual_seed(C))
+    documents = torch.randint(0, 2, (3, 1, C), generator=torch.Generator().manual_seed(C)).cumsum(-1)
+    want = torch.zeros_like(u)
+    for row, t in itertools.product(range(3), range(C)):
+        first = next(s for s in range(C) if documents[row, 0, s] == documents[row, 0, t])
+        want[row, :, t] = u[row, :, first : t + 1].sum(-1)
+    assert torch.allclose(body.running_sum(u, documents), want, rtol=0, atol=1e-13)
+    first = documents[0, 0] == documents[0, 0, 0]
+    u[0][:, first] = torch.nan
+    summed = body.running_sum(u, documents)[0]
+    assert summed[:, first].isnan().all()
+    assert not summed[:, ~first].isnan().any()
 
 
 def test_backends_say_where_they_run() -> None:

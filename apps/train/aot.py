@@ -36,6 +36,7 @@ from libs.parallel.xla.topology import MeshShape, Topology, row_partition, topol
 
 if TYPE_CHECKING:
     from libs.parallel.xla.aot import Argument, Compiled, Lowered
+    from libs.parallel.xla.cycles import Modelled
 
 GIB = 2**30
 # What the two times of a record are, in the record itself.
@@ -209,7 +210,7 @@ def _record(
 def _measures(compiled: Compiled, target: Topology) -> dict[str, Any]:
     """What the compiler says, under names that say what it is."""
     found = compiled._asdict() | {"modelled": compiled.modelled._asdict(), "counted": compiled.counted._asdict()}
-    found["modelled"]["loops"] = [loop._asdict() for loop in compiled.modelled.loops]
+    found["modelled"] |= {key: [one._asdict() for one in found["modelled"][key]] for key in ("loops", "costly")}
     return {
         "compiled": found,
         "peak_bytes_per_chip": compiled.peak,
@@ -249,6 +250,7 @@ def _show(config: TrainConfig, target: Topology, lowered: Lowered, compiled: Com
         f"MODELLED time of a step: {seconds * 1e3:,.1f} ms ({modelled.cycles:,} estimated cycles at "
         f"{target.chip.clock / 1e9} GHz), {tokens / seconds:,.0f} tokens/s; never measured"
         + ("; not to be compared: with --aot-quick operations are not tiled" if quick else ""),
+        "most of it: " + "; ".join(_costs(modelled)),
         f"not in it: {modelled.uncounted} kernel calls, {modelled.unestimated} operations without an estimate, waits "
         f"for other chips; loops: {len(modelled.loops)}, of unknown length: {len(modelled.unknown)}",
         f"BOUND from below: {counted.seconds(target.chip) * 1e3:,.1f} ms: products {counted.flops:.3e} FLOPs at peak "
@@ -262,6 +264,14 @@ def _show(config: TrainConfig, target: Topology, lowered: Lowered, compiled: Com
     ]
     for line in lines:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _costs(modelled: Modelled, count: int = 3) -> list[str]:
+    """The operations that take most of the modelled time, with their share of it."""
+    return [
+        f"{one.cycles / modelled.cycles:.0%} {one.operation} {one.result}, {one.times:,} times"
+        for one in modelled.costly[:count]
+    ]
 
 
 def _first_lines(text: str, count: int = 3) -> str:

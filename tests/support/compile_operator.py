@@ -1,6 +1,7 @@
 """One operator of a 130m layer, forward and backward, compiled by libtpu for one v6e chip; prints a JSON line.
 
-`attention S D dtype backend`, or `scan S`. modelled_ms is the compiler's estimate; kernel calls are not in it.
+`attention S D dtype backend [rows]`, or `scan S [rows]`, packed documents in both. Times are the compiler's estimate;
+kernel calls are not in it.
 """
 
 from __future__ import annotations
@@ -29,39 +30,43 @@ def compiled(what: str, S: int, words: Sequence[str]) -> dict[str, Any]:
 
     from libs.kernels.attention import attention
     from libs.kernels.mimo import mamba3_mimo
+    from libs.model.presets import preset
     from libs.parallel.xla.aot import Argument, compile_for, lower, placeholder
     from libs.parallel.xla.topology import MeshShape, topology
     from tests.support.mimo import Shape, operands
 
+    options = {"attention": 3, "scan": 0}[what]
+    rows = int(words[options]) if len(words) > options else 1
+    ids = placeholder((rows, S), torch.int32)
+
     def run() -> tuple[list[Tensor], Tensor]:
         if what == "attention":
             D, dtype, backend = int(words[0]), getattr(torch, words[1]), words[2]
-            leaves = [placeholder((1, S, heads, D), dtype).requires_grad_() for heads in (12, 4, 4)]
-            ids = placeholder((1, S), torch.int32)
-            return [*leaves, ids], attention(*leaves, document_ids=ids, backend=backend)
-        shape = Shape(S=S, H=24, R=4, N=128, P=64)
-        named = {
-            name: placeholder(u.shape, torch.bfloat16 if name in ("Q", "K", "V", "Z") else torch.float32)
-            for name, u in operands(shape).items()
-            if u is not None
-        }
-        leaves = [u.requires_grad_() for u in named.values()]
-        options = {name: None for name, u in operands(shape._replace(S=64)).items() if u is None}
+            leaves = [placeholder((rows, S, heads, D), dtype).requires_grad_() for heads in (12, 4, 4)]
+            return leaves, attention(*leaves, document_ids=ids, backend=backend)
+        mixer = preset("130m").mixer
+        shape = Shape(rows, S, mixer.nheads, mixer.ngroups, mixer.mimo_rank, mixer.d_state, mixer.headdim)
+        named: dict[str, Tensor | None] = {}
+        for name, u in operands(shape, torch.float32).items():
+            dtype = torch.bfloat16 if name in ("Q", "K", "V", "Z") else torch.float32
+            named[name] = None if u is None else placeholder(u.shape, dtype).requires_grad_()
         out = mamba3_mimo(
-            **named, **options, chunk_size=64, rotary_dim_divisor=shape.divisor, dtype=torch.bfloat16, backend="xla"
-        )
-        return leaves, out
+            **named, chunk_size=64, rotary_dim_divisor=shape.divisor, dtype=torch.bfloat16, document_ids=ids,
+            backend="xla",
+        )  # fmt: skip
+        return [u for u in named.values() if u is not None], out
 
     given, out = run()
     d_out = placeholder(tuple(out.shape), out.dtype)
-    grads = torch.autograd.grad(out, [u for u in given if u.requires_grad], d_out)
-    arguments = [Argument(u.detach(), "given", (None,) * u.dim()) for u in (*given, d_out)]
+    grads = torch.autograd.grad(out, given, d_out)
+    arguments = [Argument(u.detach(), "given", (None,) * u.dim()) for u in (*given, ids, d_out)]
     target = topology("v6e-1")
     compiled = compile_for(lower(arguments, [out.detach(), *grads], MeshShape()), target)
     modelled = compiled.modelled
     return {
-        "modelled_ms": modelled.cycles / target.chip.clock * 1e3, "calls": modelled.uncounted,
-        "temporaries": compiled.temporaries, "results": compiled.results, "compile_seconds": compiled.seconds,
+        "modelled_ms": modelled.cycles / target.chip.clock * 1e3, "cycles_per_token": modelled.cycles / (rows * S),
+        "calls": modelled.uncounted, "costly": modelled.costly, "temporaries": compiled.temporaries,
+        "results": compiled.results, "compile_seconds": compiled.seconds,
     }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from libs.parallel.xla.cycles import Loop, Modelled, modelled_cycles
+from libs.parallel.xla.cycles import Costly, Loop, Modelled, modelled_cycles
 from libs.parallel.xla.hlo import parse
 
 PROGRAM = """HloModule step, entry_computation_layout={()->f32[]}
@@ -18,7 +18,7 @@ PROGRAM = """HloModule step, entry_computation_layout={()->f32[]}
 }
 
 %body (p: f32[]) -> f32[] {
-  %b = f32[] multiply(p, p), backend_config={"estimated_cycles":"100"}
+  %b = (f32[2,3]{1,0}, f32[]) fusion(p), metadata={op_name="call.7/dot.4"}, backend_config={"estimated_cycles":"100"}
   %w = f32[] while(%b), condition=%inner_condition, body=%inner_body
   %r = f32[] all-reduce(%w), replica_groups={}
 }
@@ -64,6 +64,14 @@ def test_loops_branches_and_calls_are_counted() -> None:
     assert found.unknown == ("short",)
     assert found.uncounted == 1
     assert found.unestimated == 0
+
+
+def test_what_takes_most_is_named_with_all_that_is_like_it() -> None:
+    found = read(PROGRAM).costly
+    assert found[:2] == (Costly("fusion", "f32[]", 1, 1000), Costly("fusion dot", "f32[2,3] and 1 more", 10, 1000))
+    # Inside two loops, in a branch and in a call: 10 * 5 times 7, 50 twice, 1 twice (the short branch, the loop).
+    assert found[2] == Costly("add", "f32[]", 10 * 5 + 4, 10 * 5 * 7 + 2 * 50 + 2 * 1)
+    assert sum(one.cycles for one in found) == read(PROGRAM).cycles + 1
 
 
 # -1, the largest signed number, and a sum with -1 in it: all were seen.

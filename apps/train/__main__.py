@@ -38,7 +38,9 @@ def _main(argv: Sequence[str] | None, guard: SignalGuard) -> ExitStatus:
         if arguments.aot is not None:
             from apps.train.aot import aot
 
-            return aot(resolved.config, arguments.recipe or DEFAULT_RECIPE, arguments.aot, quick=arguments.aot_quick)
+            command = ["fathom", "train", *(sys.argv[1:] if argv is None else argv)]
+            recipe = arguments.recipe or DEFAULT_RECIPE
+            return aot(resolved.config, recipe, arguments.aot, command=command, quick=arguments.aot_quick)
         if arguments.dry_run:
             return dry_run(resolved.config)
         print(describe(resolved))

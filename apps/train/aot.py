@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,10 +59,12 @@ class Program(NamedTuple):
     results: list[Tensor]
 
 
-def aot(config: TrainConfig, recipe: str, slice_name: str, *, quick: bool = False) -> ExitStatus:
+def aot(
+    config: TrainConfig, recipe: str, slice_name: str, *, command: Sequence[str], quick: bool = False
+) -> ExitStatus:
     """Lower, compile, print and record; USAGE when the step does not fit.
 
-    quick: least effort of the compiler: memory is near, modelled time is not to be compared.
+    command: to be recorded. quick: least effort of the compiler: memory is near, modelled time is not to be compared.
 
     Raises:
         UserError: an unknown slice, a mesh of another size, a package missing or of another version. GateRefused: a
@@ -91,6 +94,7 @@ def aot(config: TrainConfig, recipe: str, slice_name: str, *, quick: bool = Fals
     program = build_step(config, mesh)
     lowered = compiling.lower(program.arguments, program.results, mesh)
     record = _record(config, recipe, target, mesh, lowered, quick)
+    record["command"] = redact_command(command)
     record["gates"] = {one.gate: one.value for one in gates.resolutions if one.value != one.default}
     try:
         compiled = compiling.compile_for(lowered, target, quick=quick)
@@ -191,7 +195,6 @@ def _record(
         "recipe": recipe,
         "slice": target.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": redact_command(sys.argv),
         "git_commit": git.commit,
         "git_dirty": git.dirty,
         "git_dirty_hash": git.dirty_hash,

@@ -59,6 +59,7 @@ def test_a_step_is_compiled_for_four_chips(step: tuple[dict[str, Any], str]) -> 
     assert record["modelled_seconds"] > record["bound_seconds"] > 0
     assert "never measured" in record["modelled_seconds_are"]
     # What made it, as in a receipt.
+    assert record["command"][:2] == ["fathom", "train"]
     assert (record["git_commit"], record["versions"]["libtpu"]) == (git_state().commit, pins.PINS["libtpu"])
 
 

@@ -12,6 +12,7 @@ from apps.docs.gates import gate_table
 from apps.docs.parsers import build_parser
 from apps.docs.recipes import recipe_table
 from apps.docs.records import decision_table, measurement_table
+from apps.docs.steps import step_table
 from libs.flags.errors import ExitStatus, run_entry
 from libs.flags.provenance import ROOT
 
@@ -19,6 +20,7 @@ BLOCKS = (
     Block("README.md", "receipts", measurement_table),
     Block("libs/flags/README.md", "gates", gate_table),
     Block("apps/train/README.md", "recipes", recipe_table),
+    Block("libs/parallel/xla/README.md", "steps", step_table),
     Block("infra/decisions/README.md", "decisions", decision_table),
     Block("docs/cli.md", "commands", cli_reference),
 )

@@ -1,6 +1,6 @@
 """Marked blocks of a text file: what stands between two marks is made from the code, the rest is written by people.
 
-Not for what stands in them (gates.py, recipes.py, records.py, commands.py).
+Not for what stands in them (gates.py, recipes.py, records.py, steps.py, commands.py).
 """
 
 from __future__ import annotations

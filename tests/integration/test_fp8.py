@@ -20,8 +20,6 @@ from tests.support.fp8_process import results
 if torch.cuda.is_available():
     pytest.skip("the double is for machines without CUDA", allow_module_level=True)
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -45,7 +45,7 @@ def copy_of_the_documents(tmp_path: Path) -> Path:
     for file in {block.file for block in BLOCKS}:
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / file, tmp_path / file)
-    for folder in ("infra/receipts", "infra/decisions"):
+    for folder in ("infra/receipts", "infra/decisions", "infra/tpu/aot"):
         shutil.copytree(ROOT / folder, tmp_path / folder, dirs_exist_ok=True)
     return tmp_path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from apps.docs.gates import gate_table
 from apps.docs.parsers import PARSERS
 from apps.docs.recipes import recipe_table
 from apps.docs.records import decision_table
-from apps.train.origins import recipe_names
+from apps.docs.steps import RECORDS, step_table
+from apps.train.origins import recipe_layer, recipe_names, resolve_config
 from libs.flags.catalog import CATALOG
 from libs.flags.errors import UserError
 
@@ -86,3 +88,29 @@ def test_records_are_listed_by_their_numbers(tmp_path: Path) -> None:
     (folder / "0002-c.md").write_text("# 0003: Third\n")
     with pytest.raises(UserError, match="the same number"):
         decision_table(tmp_path)
+
+
+def test_steps_for_a_slice_are_those_that_were_compiled(tmp_path: Path) -> None:
+    """Each with the command that makes it; nothing of least effort, of changed code, or that did not fit."""
+    names = [f"v6e_{length}_{model}" for length in ("4k", "16k", "64k") for model in ("dense", "hybrid")]
+    lines = step_table(ROOT).splitlines()[2:]
+    for name in names:
+        (line,) = (line for line in lines if f"`fathom train --recipe {name} --aot v6e-4`" in line)
+        record = json.loads((ROOT / RECORDS / f"{name}_v6e-4_full.json").read_text())
+        assert f" {record['modelled_seconds']:.2f} s " in line
+        assert f" {record['peak_bytes_per_chip'] / 2**30:.2f} " in line
+        assert record["config_hash"] == resolve_config([recipe_layer(name)]).config.hash(), (
+            "the recipe has changed since"
+        )
+    folder = tmp_path / RECORDS
+    folder.mkdir(parents=True)
+    for wrong in ({"effort": "quick"}, {"git_dirty": True}, {"git_dirty": None}, {"effort": None}):
+        (folder / "step.json").write_text(json.dumps(record | wrong))
+        with pytest.raises(UserError, match="full effort"):
+            step_table(tmp_path)
+    (folder / "step.json").write_text(json.dumps({key: u for key, u in record.items() if key != "compiled"}))
+    with pytest.raises(UserError, match="full effort"):
+        step_table(tmp_path)
+    (folder / "step.json").write_text("{}")
+    with pytest.raises(UserError, match="no record of `fathom train --aot`: KeyError"):
+        step_table(tmp_path)

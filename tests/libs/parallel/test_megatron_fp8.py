@@ -14,7 +14,6 @@ from tests.support.fp8_process import results
 if torch.cuda.is_available():
     pytest.skip("the double is for machines without CUDA", allow_module_level=True)
 
-pytestmark = pytest.mark.slow
 Ranks = list[dict[str, Any]]
 CASES = [
     ("one", "tensorwise"), ("one", "blockwise"), ("two", "dp2"), ("two", "dp2 blockwise"), ("two", "dp2, one exchange"),

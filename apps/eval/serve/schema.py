@@ -6,6 +6,7 @@ with the reason. Not for limits that depend on the model (`service`).
 
 from __future__ import annotations
 
+import json
 import secrets
 from typing import Annotated, Any, Self
 
@@ -14,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from apps.eval.serve.errors import ApiError
 from libs.flags.errors import nearest
+from libs.model.inference import MIN_TEMPERATURE
 
 DEFAULT_MAX_TOKENS = 16
 MAX_STOPS = 4
@@ -21,7 +23,6 @@ MAX_STOP_CHARACTERS = 256
 SEED_BITS = 63
 
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
-StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 _ONLY_ONE = "one completion per request; send the request again with another seed"
 _NO_PENALTIES = "the sampler has no penalties"
@@ -60,7 +61,7 @@ class CompletionRequest(BaseModel):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=0, lt=2**SEED_BITS)
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop: str | list[str] | None = None
     logprobs: int | None = Field(default=None, ge=0)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -82,6 +83,27 @@ class CompletionRequest(BaseModel):
             raise ValueError(f"only {neutral!r} is accepted: {why}")
         return value
 
+    @field_validator("temperature")
+    @classmethod
+    def _drawn_or_greedy(cls, value: float | None) -> float | None:
+        if value is not None and 0 < value < MIN_TEMPERATURE:
+            raise ValueError(f"allowed are {MIN_TEMPERATURE:g} to 2, and 0, which is greedy")
+        return value
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _few_stops(cls, value: Any) -> Any:
+        """All of it here: of a union that fits nowhere, pydantic's first reason is that of the wrong branch."""
+        given = [value] if isinstance(value, str) else [] if value is None else value
+        if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+            raise ValueError(f"must be a string or a list of up to {MAX_STOPS} strings")
+        if len(given) > MAX_STOPS:
+            raise ValueError(f"{len(given)} strings; allowed are up to {MAX_STOPS}")
+        bad = next((text for text in given if not 1 <= len(text) <= MAX_STOP_CHARACTERS), None)
+        if bad is not None:
+            raise ValueError(f"a string of {len(bad)} characters; allowed are 1 to {MAX_STOP_CHARACTERS}")
+        return value
+
     @classmethod
     def parse(cls, body: bytes) -> Self:
         """Validate a body. Raises ApiError (400) that names the field, what was sent and what is allowed."""
@@ -89,6 +111,8 @@ class CompletionRequest(BaseModel):
             request = cls.model_validate_json(body)
         except ValidationError as error:
             raise _refusal(error.errors(include_url=False, include_context=False)[0]) from error
+        # pydantic takes the last of several; what it has read is JSON, and not too deep for this.
+        json.loads(body, object_pairs_hook=_refuse_repeated)
         if request.stream_options is not None and not request.stream:
             raise ApiError.invalid("stream_options needs stream: true", param="stream_options")
         if request.logprobs is not None and request.logprobs > (1 if request.temperature == 0 else 0):
@@ -113,6 +137,14 @@ class CompletionRequest(BaseModel):
     def seed_or_drawn(self) -> int:
         """The seed of this request: the one given, or a random one."""
         return secrets.randbits(SEED_BITS) if self.seed is None else self.seed
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> None:
+    seen = set[str]()
+    for name, _ in pairs:
+        if name in seen:
+            raise ApiError.invalid(f"the field {name!r} is there more than once", param=name, code="repeated_field")
+        seen.add(name)
 
 
 def _refusal(error: ErrorDetails) -> ApiError:

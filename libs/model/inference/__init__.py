@@ -20,10 +20,11 @@ from libs.model.inference.prefix import Admission, MissReason, PrefixCache, Pref
 from libs.model.inference.resources import CapacityError, EngineStopped
 from libs.model.inference.results import Completion, FinishReason, Generated, Scored
 from libs.model.inference.rollback import Rollback
-from libs.model.inference.sampler import Sampling
+from libs.model.inference.sampler import MIN_TEMPERATURE, LogitsNotFinite, Sampling
 from libs.model.inference.state_slots import NO_SLOT, StateSlots
 
 __all__ = [
+    "MIN_TEMPERATURE",
     "NO_SLOT",
     "Admission",
     "AuditFailed",
@@ -37,6 +38,7 @@ __all__ = [
     "FinishReason",
     "Generated",
     "KvLayout",
+    "LogitsNotFinite",
     "MemoryPlan",
     "MissReason",
     "PagedKV",

@@ -35,6 +35,10 @@ class Spec(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The safetensors name. Raises ValueError for a dtype without one here."""
@@ -48,7 +52,7 @@ def _table(specs: Mapping[str, Spec]) -> dict[str, Any]:
     table, end = {}, 0
     for name in sorted(specs):
         spec, start = specs[name], end
-        end += math.prod(spec.shape) * spec.dtype.itemsize
+        end += spec.nbytes
         table[name] = {"dtype": dtype_name(spec.dtype), "shape": list(spec.shape), "data_offsets": [start, end]}
     return table
 
@@ -56,6 +60,18 @@ def _table(specs: Mapping[str, Spec]) -> dict[str, Any]:
 def _header(table: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
     text = json.dumps({"__metadata__": dict(metadata), **table}, sort_keys=True, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
+
+
+def _metadata(contents: str, identity: Mapping[str, str], tokens: int) -> dict[str, str]:
+    """Of a blob whose digest is not known yet."""
+    named = {"format": FORMAT, "version": VERSION, "contents": contents, "tokens": str(tokens)}
+    return {**identity, **named, "sha256": _NO_DIGEST}
+
+
+def packed_bytes(specs: Mapping[str, Spec], *, contents: str, identity: Mapping[str, str], tokens: int) -> int:
+    """The length of what `pack` would make of such tensors."""
+    header = _header(_table(specs), _metadata(contents, identity, tokens))
+    return 8 + len(header) + sum(spec.nbytes for spec in specs.values())
 
 
 def _digest(header: bytes, data: bytes | memoryview) -> str:
@@ -78,9 +94,7 @@ def pack(tensors: Mapping[str, Tensor], *, contents: str, identity: Mapping[str,
     """
     specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     data = b"".join(_bytes(tensors[name]) for name in sorted(specs))
-    named = {"format": FORMAT, "version": VERSION, "contents": contents, "tokens": str(tokens)}
-    metadata = {**identity, **named, "sha256": _NO_DIGEST}
-    table = _table(specs)
+    table, metadata = _table(specs), _metadata(contents, identity, tokens)
     digest = _digest(_header(table, metadata), data)
     header = _header(table, {**metadata, "sha256": digest})
     return len(header).to_bytes(8, "little") + header + data

@@ -42,6 +42,8 @@ __all__ = ["Completion", "Engine", "EngineConfig", "FinishReason", "Generated", 
 class Engine(NotCopyable):
     """Drives one model's slots, blocks, prefix cache and scheduler.
 
+    After an error in a step, all that computes or saves raises EngineStopped until `close`.
+
     Attributes:
         config, grid: what it was built with; the tokens that prefill works in.
         choices: the row tile of decode and why, beside the model's own backend choices.
@@ -60,12 +62,8 @@ class Engine(NotCopyable):
         if model.parallel is not None and (model.parallel.tp.size > 1 or model.parallel.cp.size > 1):
             raise UserError("the engine runs a model on one device; load it with tp=1 and cp=1")
         self.model, self.config, self.grid = model, config, grid_tokens(model.config)
-        if config.prefill_chunk % self.grid:
-            raise UserError(
-                f"prefill_chunk={config.prefill_chunk} must be a multiple of the grid of {self.grid} tokens"
-            )
         self.mode = PrefixMode(str(value_of("prefix_cache")))
-        self._check_drafts(is_enabled("mtp_speculation"))
+        config.check_model(model.config, grid=self.grid, speculation=is_enabled("mtp_speculation"))
         dtype, device = model.head_weight.dtype, model.head_weight.device
         self._plan = config.plan(model.config, dtype)
         self.fingerprint = model_fingerprint(model.config, weights_digest(model) if weights is None else weights)
@@ -97,14 +95,9 @@ class Engine(NotCopyable):
         self._next += 1
         return self._next - 1
 
-    def _check_drafts(self, enabled: bool) -> None:
-        length, depths = self.config.draft_length, self.model.config.mtp_depth
-        if length and not enabled:
-            raise UserError(
-                f"draft_length={length} needs the gate mtp_speculation: set FATHOM_MTP_SPECULATION=on or draft_length=0"
-            )
-        if length and not depths:
-            raise UserError(f"draft_length={length} needs a model with MTP depths; {self.model.config.name!r} has none")
+    def _refuse_if_stopped(self) -> None:
+        if self._stopped:
+            raise EngineStopped(f"the engine stopped, and needs close() before it goes on: {self._stopped}")
 
     @property
     def plan(self) -> MemoryPlan:
@@ -137,17 +130,17 @@ class Engine(NotCopyable):
         Raises:
             UserError: an empty prompt, a token that is none, or a request that can never fit (needed and available).
         """
+        self._refuse_if_stopped()
         return self._queue(Request.to_generate(prompt, sampling, **self._limits))
 
     def step(self) -> list[Generated]:
         """Admit, then one chunk of one prompt or one round of decoding for all that have theirs; [] when idle.
 
         Raises:
-            AuditFailed: a hit is not what it is without the cache. EngineStopped: an earlier step ended in an error;
-                `close` releases all and starts anew.
+            AuditFailed: a hit is not what it is without the cache. LogitsNotFinite: there is no answer in them.
+            EngineStopped: an earlier step ended in an error; `close` releases all and starts anew.
         """
-        if self._stopped:
-            raise EngineStopped(f"the engine stopped, and needs close() before it goes on: {self._stopped}")
+        self._refuse_if_stopped()
         try:
             return self._step()
         except BaseException as error:
@@ -183,6 +176,7 @@ class Engine(NotCopyable):
         Raises:
             UserError: as `submit`; then none of these requests was queued.
         """
+        self._refuse_if_stopped()
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if len(each) != len(prompts):
             raise UserError(f"{len(prompts)} prompts and {len(each)} samplings: give one, or one for each")
@@ -198,6 +192,7 @@ class Engine(NotCopyable):
         Raises:
             UserError: an empty context or continuation, a token that is none, or an item that can never fit.
         """
+        self._refuse_if_stopped()
         found = self._run([Request.to_score(context, after, **self._limits) for context, after in items])
         return [result for result in found if isinstance(result, Scored)]
 
@@ -207,6 +202,7 @@ class Engine(NotCopyable):
         Raises:
             UserError, CapacityError: see `Marks.add`.
         """
+        self._refuse_if_stopped()
         tokens, number = token_ids(prompt, "prefix", self.model.config.vocab_size), self._take_number()
 
         def compute(slot: int, start: int, end: int) -> None:
@@ -219,10 +215,12 @@ class Engine(NotCopyable):
 
     def save_marks(self, directory: Path) -> None:
         """Write every mark as a file with fingerprint and checksum. Raises UserError: see `Marks.save`."""
+        self._refuse_if_stopped()
         self._marks.save(directory)
 
     def load_marks(self, directory: Path) -> tuple[str, ...]:
         """Take over the marks of a directory; their names. Raises UserError, CapacityError: see `Marks.load`."""
+        self._refuse_if_stopped()
         return self._marks.load(directory, self._take_number)
 
     def close(self) -> None:
@@ -312,12 +310,14 @@ class Engine(NotCopyable):
         self._scheduler.prefilled(request)
         if self._drafter is not None:
             self._drafter.extend(request.row, hidden_SD)
-        return self._emit(request, [sample(self._runner.logits(hidden_SD[-1:])[0], request.sampling, 0)])
+        logits_V = self._runner.logits(hidden_SD[-1:])[0]
+        return self._emit(request, [sample(logits_V, request.sampling, 0, request.title)])
 
     def _score_piece(self, request: Request, hidden_SD: Tensor, start: int, stop: int) -> None:
         first = max(request.context - 1, start)
-        targets = request.continuation[first + 1 - request.context : stop + 1 - request.context]
-        logprobs, greedy = logprobs_of(self._runner.logits(hidden_SD[first - start :]), list(targets))
+        place = first + 1 - request.context
+        targets = list(request.continuation[place : stop + 1 - request.context])
+        logprobs, greedy = logprobs_of(self._runner.logits(hidden_SD[first - start :]), targets, place, request.title)
         request.logprobs.extend(logprobs)
         request.greedy = request.greedy and all(greedy)
 

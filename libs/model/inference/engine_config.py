@@ -71,6 +71,22 @@ class EngineConfig(BaseModel):
         """Tokens per request whose states are kept during a verification: the last output and the drafts."""
         return self.draft_length + 1 if self.draft_length and self.rollback is Rollback.SNAPSHOT else 0
 
+    def check_model(self, model: ModelConfig, *, grid: int, speculation: bool) -> None:
+        """Whether it goes with a model, its prefill grid in tokens and the gate `mtp_speculation`.
+
+        Raises:
+            UserError: a prefill chunk off the grid, drafts without the gate or without MTP depths.
+        """
+        length = self.draft_length
+        if self.prefill_chunk % grid:
+            raise UserError(f"prefill_chunk={self.prefill_chunk} must be a multiple of the grid of {grid} tokens")
+        if length and not speculation:
+            raise UserError(
+                f"draft_length={length} needs the gate mtp_speculation: set FATHOM_MTP_SPECULATION=on or draft_length=0"
+            )
+        if length and not model.mtp_depth:
+            raise UserError(f"draft_length={length} needs a model with MTP depths; {model.name!r} has none")
+
     def plan(self, model: ModelConfig, dtype: torch.dtype) -> MemoryPlan:
         """Bytes of everything the engine allocates for good, before it does: blocks, states, draft windows.
 

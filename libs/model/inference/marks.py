@@ -7,7 +7,9 @@ name of the model, the layout and everything that decides about bits, with a che
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,11 +57,12 @@ class Marks:
 
         Raises:
             UserError: a mode without snapshots, or a name that is bad or used.
-            CapacityError: no slot, or no room even without any other mark.
+            CapacityError: no slot, or no room even without any other mark; then none gives way.
         """
         self._check(name)
         end = len(prompt) // self._cache.unit * self._cache.unit
         if end:
+            self._refuse_impossible(prompt[:end])
             with self._admitted(request, prompt[:end]) as admitted:
                 compute(admitted.slot, admitted.start, end)
                 self._pin(name, prompt[:end], request)
@@ -68,9 +71,7 @@ class Marks:
         """Make its blocks and its state cache like any other; False when there is no mark."""
         if not self.tokens:
             return False
-        name = next(iter(self.tokens))
-        del self.tokens[name]
-        self._cache.unpin(name)
+        self._drop(next(iter(self.tokens)))
         self._cache.counters["marks_dropped"] += 1
         return True
 
@@ -79,40 +80,77 @@ class Marks:
         self.tokens.clear()
 
     def save(self, directory: Path) -> None:
-        """Write every mark to a file of its own, and an index, over those of the same names.
+        """Write every mark to a file of its own, and an index, in place of the marks that are there.
+
+        A file's name is its sha256, and the index comes last: until then the directory holds the marks it held.
 
         Raises:
-            UserError: the directory cannot be one, or a mark lost its state.
+            UserError: the directory cannot be written, or a mark lost its state.
         """
-        if directory.exists() and not directory.is_dir():
-            raise UserError(f"{directory} is not a directory")
-        directory.mkdir(parents=True, exist_ok=True)
-        index = {}
-        for number, (name, tokens) in enumerate(self.tokens.items()):
-            blob = pack(self._tensors(name), contents=CONTENTS, identity=self._identity, tokens=len(tokens))
-            index[name] = {"file": f"mark-{number:04}.safetensors", "tokens": len(tokens)}
-            (directory / f"mark-{number:04}.safetensors").write_bytes(blob)
-        (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        index, files = {}, set[Path]()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for name, tokens in self.tokens.items():
+                blob = pack(self._tensors(name), contents=CONTENTS, identity=self._identity, tokens=len(tokens))
+                digest = hashlib.sha256(blob).hexdigest()
+                index[name] = {"sha256": digest, "tokens": len(tokens)}
+                files.add(directory / _file(digest))
+                _replace(directory / _file(digest), blob)
+            _replace(directory / INDEX, f"{json.dumps(index, indent=1)}\n".encode())
+            for stale in set(directory.glob(_file("*"))) - files:
+                stale.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write marks to {directory}: {error.strerror}") from error
 
     def load(self, directory: Path, next_request: Callable[[], int]) -> tuple[str, ...]:
-        """Pin every mark of a directory; their names. Each is checked whole before anything of it is used.
+        """Pin every mark of a directory; their names. All are checked whole before anything of any is used.
 
         Raises:
-            UserError: no index, a file that is missing, changed, or of another model, layout, device or version.
-            CapacityError: as `add`.
+            UserError: no index, a file that is missing, changed, not the one the index names, or of another model,
+                layout, device or version. CapacityError: as `add`. None of them is pinned then.
         """
-        for name, (path, count) in _read_index(directory).items():
+        found = {}
+        for name, (digest, count) in _read_index(directory).items():
             self._check(name)
-            if count % self._cache.unit or not count:
-                raise UserError(
-                    f"mark {name!r} has {count} tokens; boundaries are multiples of {self._cache.unit} here"
-                )
-            try:
-                tensors, _ = unpack(path.read_bytes(), {CONTENTS: self._specs(count)}, identity=self._identity)
-            except (OSError, BlobRefused) as error:
-                raise UserError(f"mark {name!r} cannot be used: {error}") from error
-            self._plant(name, tensors, next_request())
+            found[name] = self._read(name, directory / _file(digest), digest, count)
+            self._refuse_impossible(_tokens(found[name]))
+        try:
+            for name, tensors in found.items():
+                self._plant(name, tensors, next_request())
+        except BaseException:
+            for name in found.keys() & self.tokens.keys():
+                self._drop(name)
+            raise
         return tuple(self.tokens)
+
+    def _drop(self, name: str) -> None:
+        del self.tokens[name]
+        self._cache.unpin(name)
+
+    def _read(self, name: str, path: Path, digest: str, count: int) -> dict[str, Tensor]:
+        if count % self._cache.unit or not count:
+            raise UserError(f"mark {name!r} has {count} tokens; boundaries are multiples of {self._cache.unit} here")
+        try:
+            blob = path.read_bytes()
+            if hashlib.sha256(blob).hexdigest() != digest:
+                raise BlobRefused(f"{path.name} is not the file that was saved: another sha256; save the marks again")
+            return unpack(blob, {CONTENTS: self._specs(count)}, identity=self._identity)[0]
+        except (OSError, BlobRefused) as error:
+            raise UserError(f"mark {name!r} cannot be used: {error}") from error
+
+    def _refuse_impossible(self, tokens: tuple[int, ...]) -> None:
+        """Raises CapacityError when a mark would not fit if every other one gave way."""
+        marked = {pin.request for pin in self._cache.pins.values()}
+        running = {block for other in self._kv.requests if other not in marked for block in self._kv.table(other)}
+        known = self._kv.match(tokens)
+        needed = self._kv.layout.blocks_for(len(tokens)) - len(known)
+        available = self._kv.blocks - 1 - len(running.union(known))
+        if needed > available:
+            what = f"KV blocks (of {self._kv.blocks - 1}) beside those of running requests"
+            raise CapacityError(what, needed=needed, available=available)
+        size, limit = self._slots.capture_bytes(len(tokens)), self._cache.max_snapshot_bytes
+        if self._slots.num_layers and size > limit:
+            raise CapacityError("bytes for states (snapshot_bytes)", needed=size, available=limit)
 
     def _check(self, name: str) -> None:
         if self._cache.mode is not PrefixMode.SNAPSHOTS:
@@ -140,15 +178,13 @@ class Marks:
 
     def _pin(self, name: str, tokens: tuple[int, ...], request: int) -> None:
         while not self._cache.pin(request, name):
-            if not self.drop_oldest():
-                needed = self._slots.layout.nbytes(1)
-                available = self._cache.free_bytes
-                raise CapacityError("bytes for states (snapshot_bytes)", needed=needed, available=available)
+            dropped = self.drop_oldest()
+            assert dropped, "without any other mark there is room, or it was refused before"
             self._cache.capture(request)
         self.tokens[name] = tokens
 
     def _plant(self, name: str, tensors: Mapping[str, Tensor], request: int) -> None:
-        tokens = tuple(int(token) for token in tensors["tokens"])
+        tokens = _tokens(tensors)
         with self._admitted(request, tokens) as admitted:
             start, device = admitted.start, self._kv.device
             for layer in self._kv.layout.layers:
@@ -187,10 +223,26 @@ class Marks:
         return specs
 
 
-def _read_index(directory: Path) -> dict[str, tuple[Path, int]]:
+def _tokens(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    return tuple(tensors["tokens"].tolist())
+
+
+def _file(digest: str) -> str:
+    return f"mark-{digest}.safetensors"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_bytes(content)
+    os.replace(aside, path)
+
+
+def _read_index(directory: Path) -> dict[str, tuple[str, int]]:
+    """By name: the file's sha256, and the tokens."""
     try:
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-        return {name: (directory / Path(entry["file"]).name, int(entry["tokens"])) for name, entry in index.items()}
+        return {name: (str(entry["sha256"]), int(entry["tokens"])) for name, entry in index.items()}
     except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"{directory / INDEX} names no marks: {error!r}") from error
 

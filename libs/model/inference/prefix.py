@@ -128,9 +128,9 @@ class PrefixCache(NotCopyable):
         return self._bytes
 
     @property
-    def free_bytes(self) -> int:
-        """Room for more states."""
-        return self._max_bytes - self._bytes
+    def max_snapshot_bytes(self) -> int:
+        """Most bytes of states kept."""
+        return self._max_bytes
 
     def admit(
         self,

@@ -6,6 +6,7 @@ Not for what runs when (`scheduler`) nor for running it (`engine`).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,14 +18,23 @@ from libs.model.inference.sampler import Sampled, Sampling, sample
 
 
 def token_ids(tokens: Sequence[int], what: str, vocab: int) -> tuple[int, ...]:
-    """Plain integers. Raises UserError when there are none, or one that is no id."""
-    ids = tuple(int(token) for token in tokens)
+    """Plain integers. Raises UserError when there are none, or one that is no id: nothing is rounded or converted."""
+    ids = tuple(_whole(token, what, vocab) for token in tokens)
     if not ids:
         raise UserError(f"the {what} is empty; give at least one token")
     wrong = next((token for token in ids if not 0 <= token < vocab), None)
     if wrong is not None:
         raise UserError(f"the {what} has token {wrong}; ids are 0 to {vocab - 1}")
     return ids
+
+
+def _whole(token: object, what: str, vocab: int) -> int:
+    try:
+        if not isinstance(token, bool):
+            return operator.index(token)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise UserError(f"the {what} has {token!r}, which is no whole number; ids are 0 to {vocab - 1}")
 
 
 @dataclass(eq=False)
@@ -71,6 +81,11 @@ class Request:
         return cls(-1, before + after[:-1], len(before), continuation=after)
 
     @property
+    def title(self) -> str:
+        """For errors."""
+        return f"request {self.number}"
+
+    @property
     def needed_tokens(self) -> int:
         """Tokens whose keys and values it may come to hold: the last one generated is read and never run."""
         return len(self.prompt) + (0 if self.sampling is None else self.sampling.max_new_tokens - 1)
@@ -86,5 +101,5 @@ def verified(request: Request, tokens: Sequence[int], logits_JV: Tensor) -> list
     for j, logits_V in enumerate(logits_JV):
         if j and (tokens[j] != found[-1].token or found[-1].token in sampling.stop_ids):
             break
-        found.append(sample(logits_V, sampling, len(request.generated) + j))
+        found.append(sample(logits_V, sampling, len(request.generated) + j, request.title))
     return found

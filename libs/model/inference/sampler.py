@@ -15,15 +15,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from torch import Tensor
 
 from libs.flags.errors import UserError
+from libs.model.inference.resources import EngineStopped
 
-MAX_TEMPERATURE = 100.0
+# Below it only ties are drawn: fp32 logits of size 8 that are neighbours differ by as much. And far above where the
+# quotient of an fp32 logit by it leaves the range of fp64.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 100.0
+
+
+class LogitsNotFinite(EngineStopped):
+    """A nan or an infinity among the logits that an output or a score would come from; nothing here masks with -inf.
+    Weights and precision are everybody's, and kept states may hold more of it, so the engine does nothing more."""
 
 
 class Sampling(BaseModel):
     """How one request's tokens are chosen, and when it ends.
 
-    temperature: 0 is greedy. top_k: of the k most likely; 0: of all. top_p: of the fewest that together have at least
-    that probability. seed: of the draws. stop_ids: generation ends with one of them, which is part of the result.
+    temperature: 0 is greedy, others are MIN_TEMPERATURE and above. top_k: of the k most likely; 0: of all. top_p: of
+    the fewest that together have at least that probability. seed: of the draws. stop_ids: generation ends with one of
+    them, which is part of the result.
 
     Raises:
         UserError: a value out of its range, with the field's name and the range (from `parse` and the constructor).
@@ -47,7 +56,9 @@ class Sampling(BaseModel):
     @field_validator("temperature")
     @classmethod
     def _temperature(cls, value: float) -> float:
-        return _within("temperature", value, 0.0, MAX_TEMPERATURE)
+        if value == 0:
+            return value
+        return _within("temperature", value, MIN_TEMPERATURE, MAX_TEMPERATURE, ", and 0 is greedy")
 
     @field_validator("top_p")
     @classmethod
@@ -87,17 +98,25 @@ def explain(what: str, error: ValidationError) -> str:
     return f"{what}:\n  " + "\n  ".join(lines)
 
 
-def sample(logits_V: Tensor, sampling: Sampling, place: int) -> Sampled:
-    """The token after these logits (of any dtype, on any device). place: how many tokens were generated before it."""
-    scores_V = logits_V.detach().cpu().double()
+def sample(logits_V: Tensor, sampling: Sampling, place: int, of: str = "a request") -> Sampled:
+    """The token after these logits (of any dtype, on any device). place: how many tokens were generated before it.
+
+    of: whose token it is, for the error. Raises LogitsNotFinite.
+    """
+    scores_V = _finite(logits_V[None], place, of)[0]
     logprobs_V = scores_V.log_softmax(0)
     token = _greedy(scores_V) if sampling.temperature == 0 else _draw(scores_V, sampling, place)
     return Sampled(token, float(logprobs_V[token]))
 
 
-def logprobs_of(logits_SV: Tensor, tokens: list[int]) -> tuple[list[float], list[bool]]:
-    """Of each row's token: natural log-probability, and whether it is the greedy choice."""
-    scores_SV = logits_SV.detach().cpu().double()
+def logprobs_of(
+    logits_SV: Tensor, tokens: list[int], place: int = 0, of: str = "a request"
+) -> tuple[list[float], list[bool]]:
+    """Of each row's token: natural log-probability, and whether it is the greedy choice.
+
+    place: of the first row's token among those that are scored. of: as in `sample`. Raises LogitsNotFinite.
+    """
+    scores_SV = _finite(logits_SV, place, of)
     found_SV = scores_SV.log_softmax(1)
     logprobs = [float(found_SV[row, token]) for row, token in enumerate(tokens)]
     return logprobs, [_greedy(scores_SV[row]) == token for row, token in enumerate(tokens)]
@@ -107,6 +126,19 @@ def uniform(seed: int, place: int) -> float:
     """In [0, 1), 53 bits: a hash, so that it is the same on every device and in every version of torch."""
     digest = hashlib.sha256(f"{seed} {place}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
+
+
+def _finite(logits_SV: Tensor, place: int, of: str) -> Tensor:
+    """In fp64 on the CPU; the first row is that of the output or the scored token number `place`."""
+    scores_SV = logits_SV.detach().cpu().double()
+    wrong_S = (~scores_SV.isfinite()).sum(1)
+    if bool(wrong_S.any()):
+        row = int(wrong_S.nonzero()[0])
+        raise LogitsNotFinite(
+            f"{of}: logits are not finite ({int(wrong_S[row])} of {scores_SV.shape[1]}) at token {place + row} of what "
+            "was asked for: the weights are damaged, or too large for their precision"
+        )
+    return scores_SV
 
 
 def _greedy(scores_V: Tensor) -> int:
@@ -126,7 +158,7 @@ def _draw(scores_V: Tensor, sampling: Sampling, place: int) -> int:
     return int(ids[min(at, len(kept) - 1)])
 
 
-def _within(name: str, value: float, low: float, high: float) -> float:
+def _within(name: str, value: float, low: float, high: float, also: str = "") -> float:
     if not math.isfinite(value) or not low <= value <= high:
-        raise UserError(f"{name}={value} is outside {low:g} to {high:g}")
+        raise UserError(f"{name}={value} is outside {low:g} to {high:g}{also}")
     return value

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from libs.flags.errors import UserError
-from libs.model.inference.blob import Spec, dtype_name, pack, unpack
+from libs.model.inference.blob import Spec, dtype_name, pack, packed_bytes, unpack
 from libs.model.inference.layout import CONV, StateLayout, StatePart
 from libs.model.inference.resources import CapacityError, NotCopyable
 
@@ -208,6 +208,10 @@ class StateSlots(NotCopyable):
         """Everything of one slot as a blob (`blob`): what `restore` makes of it is byte-exact."""
         return self._capture(slot, ALL)
 
+    def capture_bytes(self, tokens: int) -> int:
+        """The length of what `capture` gives of a slot whose state has absorbed that many tokens."""
+        return packed_bytes(self._specs(ALL), contents=ALL, identity=self._identity, tokens=tokens)
+
     def capture_recurrent_states(self, slot: int) -> bytes:
         """As `capture`, without the convolutions."""
         return self._capture(slot, RECURRENT)
@@ -297,18 +301,15 @@ class StateSlots(NotCopyable):
             self._states[name].index_copy_(1, into, view[:, rows, last])
 
     def _unpack(self, blob: bytes) -> tuple[dict[str, Tensor], int]:
-        specs = {
-            contents: {
-                part.name: Spec((len(layers), *part.shape), part.dtype) for part, layers in self._kinds(contents)
-            }
-            for contents in _CONTENTS
-        }
-        return unpack(blob, specs, identity=self._identity)
+        return unpack(blob, {contents: self._specs(contents) for contents in _CONTENTS}, identity=self._identity)
 
     def _capture(self, slot: int, contents: str) -> bytes:
         tokens = self.position(slot)
         tensors = {part.name: self._states[part.name][:, slot] for part, _ in self._kinds(contents)}
         return pack(tensors, contents=contents, identity=self._identity, tokens=tokens)
+
+    def _specs(self, contents: str) -> dict[str, Spec]:
+        return {part.name: Spec((len(layers), *part.shape), part.dtype) for part, layers in self._kinds(contents)}
 
     def _kinds(self, contents: str) -> tuple[tuple[StatePart, tuple[int, ...]], ...]:
         kinds = self.layout.kinds

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 
 import psutil
 import pytest
+import torch
 
 from libs.flags import installed
+from libs.flags.errors import ExitStatus
 from libs.flags.facts import Facts
 from libs.flags.resolve import resolve
 from libs.model.inference import Completion, Engine, EngineConfig, FinishReason, Sampling
@@ -277,3 +279,24 @@ def test_the_real_engine_streams_what_it_generates(engine: Engine) -> None:
                 check(each, answer)
 
     asyncio.run(run())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("fields", [{"temperature": 1}, {"temperature": 0, "logprobs": 1}, {"stream": True}])
+def test_a_model_whose_logits_are_not_finite_gives_no_answer(engine: Engine, fields: dict[str, Any]) -> None:
+    async def run() -> tuple[Answer, ExitStatus]:
+        async with running(engine) as server:
+            assert (await complete(server.port, prompt="x", max_tokens=3, **fields)).status == 200
+            with torch.no_grad():
+                engine.model.final_norm.weight[0] = float("nan")
+            answer = await complete(server.port, prompt="x", max_tokens=3, **fields)
+            return answer, await asyncio.wait_for(server.ended, 15)
+
+    answer, status = asyncio.run(run())
+    streamed = "stream" in fields
+    assert answer.status == (200 if streamed else 503)
+    (body,) = answer.parts if streamed else [answer.json]
+    assert (body["error"]["type"], body["error"]["code"]) == ("server_error", "engine_stopped")
+    assert "LogitsNotFinite: request 1: logits are not finite" in body["error"]["message"]
+    assert "[DONE]" not in answer.body.decode()
+    assert status is ExitStatus.FAILURE

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -270,6 +271,16 @@ def test_what_cannot_be_asked(engine: BuildEngine) -> None:
     for prompt, message in (([], "prompt is empty"), ([64], "token 64"), ([-1], "token -1")):
         with pytest.raises(UserError, match=message):
             running.submit(prompt, GREEDY)
+    for token in (1.9, 2.0, "3", True, float("nan"), None):
+        for ask in (
+            running.submit,
+            lambda ids, _: running.score([(ids, [1])]),
+            lambda ids, _: running.score([([1], ids)]),
+        ):
+            with pytest.raises(UserError, match=f"has {token!r}, which is no whole number; ids are 0 to 63"):
+                ask([5, token], GREEDY)
+    whole = running.generate([[5, 3]], GREEDY)
+    assert [one.tokens for one in running.generate([np.array([5, 3])], GREEDY)] == [one.tokens for one in whole]
     with pytest.raises(UserError, match="one for each"):
         running.generate([[1], [2]], [GREEDY])
     with pytest.raises(UserError, match="has none"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from libs.flags.errors import UserError
-from libs.model.inference import Sampling
+from libs.model.inference import EngineStopped, LogitsNotFinite, Sampling
 from libs.model.inference.sampler import logprobs_of, sample, uniform
 
 LOGITS = torch.tensor([0.5, 2.0, -1.0, 2.0, 1.0])
@@ -72,7 +72,9 @@ def test_scored_tokens() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1}, "temperature=-1.0 is outside 0 to 100"), ({"temperature": math.nan}, "temperature=nan"),
+        ({"temperature": -1}, "temperature=-1.0 is outside 1e-06 to 100"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"temperature": 1e-309}, "outside 1e-06 to 100, and 0 is greedy"), ({"temperature": 9e-7}, "and 0 is greedy"),
         ({"top_p": 0}, "top_p=0.0 leaves no token"), ({"top_p": 1.5}, "outside 0 to 1"), ({"top_k": -1}, "top_k"),
         ({"max_new_tokens": 0}, "max_new_tokens.*1 and above"), ({"seed": -3}, "seed"), ({"topk": 3}, "topk"),
     ],
@@ -80,3 +82,22 @@ def test_scored_tokens() -> None:
 def test_bad_values_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Sampling(**options)
+
+
+def test_the_lowest_temperature_draws_the_most_likely_of_the_widest_logits() -> None:
+    most = torch.finfo(torch.float32).max
+    for top_p in (0.5, 1.0):
+        how = Sampling(temperature=1e-6, top_p=top_p)
+        assert [sample(torch.tensor([-most, 0.0, most, 1.0]), how, place).token for place in range(9)] == [2] * 9
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_no_answer(bad: float) -> None:
+    assert issubclass(LogitsNotFinite, EngineStopped)
+    wrong = LOGITS.clone()
+    wrong[2] = bad
+    for how in (Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=1), Sampling(top_p=0.5)):
+        with pytest.raises(LogitsNotFinite, match=r"request 7: logits are not finite \(1 of 5\) at token 3 .*weights"):
+            sample(wrong.half(), how, 3, "request 7")
+    with pytest.raises(LogitsNotFinite, match=r"request 7: .*\(1 of 5\) at token 11"):
+        logprobs_of(torch.stack([LOGITS, wrong, wrong]), [1, 1, 1], 10, "request 7")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from apps.eval.config import EvalConfig
 from apps.eval.record import owning_run
+from apps.eval.results import check_place
 from libs.flags.errors import UserError
 from libs.model.checkpoint import resolve_checkpoint
 
@@ -33,7 +34,8 @@ def locate(config: EvalConfig) -> Place:
     """Resolve the three, from the options or from the run that the checkpoint lies in.
 
     Raises:
-        UserError: no committed checkpoint, or a place that neither an option nor a run names.
+        UserError: no committed checkpoint, a place that neither an option nor a run names, or one for a result that
+            cannot be written: said before anything is scored.
     """
     checkpoint = resolve_checkpoint(config.checkpoint)
     run_dir = owning_run(checkpoint)
@@ -46,6 +48,8 @@ def locate(config: EvalConfig) -> Place:
     else:
         raise UserError(f"{checkpoint} does not lie in a run that names its data: give --data DIR")
     out = _results(config, checkpoint, run_dir)
+    for path in out.values():
+        check_place(path)
     return Place(checkpoint, run_dir, data, out, data_section.get("window"))
 
 
@@ -54,8 +58,6 @@ def _results(config: EvalConfig, checkpoint: Path, run_dir: Path | None) -> dict
     if config.out is None and run_dir is None:
         raise UserError(f"{checkpoint} does not lie in a run, so there is no place for the result: give --out FILE")
     if config.out is not None and len(config.suites) == 1:
-        if config.out.is_dir():
-            raise UserError(f"--out {config.out} is a directory: give the name of a JSON file")
         return {config.suites[0]: config.out}
     folder = config.out if config.out is not None else (run_dir or checkpoint) / EVAL_FOLDER
     if folder.is_file():

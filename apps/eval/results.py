@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from apps.eval.intervals import bootstrap_ratio
+from apps.eval.reading import read_record
 from libs.flags.errors import UserError
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -91,7 +93,7 @@ class Ablation(Record):
     """The context-ablation curve. points is empty exactly when `reason` says why there is no curve.
 
     too_short: selected documents without room for the longest context and the span. not_used: documents with
-    room, beyond the number that was asked for.
+    room, beyond the number that was asked for. no_bytes: documents with room whose span is special tokens alone.
     """
 
     span_tokens: int
@@ -101,6 +103,7 @@ class Ablation(Record):
     not_used: list[int]
     points: list[AblationPoint]
     key_tokens: KeyTokens | None
+    no_bytes: list[int] = []
     reason: str | None
 
 
@@ -261,11 +264,30 @@ def item_lines(items: Iterable[Mapping[str, JsonValue]]) -> str:
     return "".join(json.dumps(item, sort_keys=True, allow_nan=False) + "\n" for item in items)
 
 
+def check_place(path: Path) -> None:
+    """Refuse what `write_result` would refuse, before there is a result that could be lost. Leaves nothing behind.
+
+    Raises:
+        UserError: the place cannot be written, or holds a file that is no result.
+    """
+    try:
+        if path.is_dir():
+            raise UserError(f"{path} is a directory: give the name of a JSON file")
+        if path.exists():
+            _created(path)
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=folder):  # permission bits do not tell of every place
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write the result {path}: {error.strerror}") from error
+
+
 def write_result(result: EvalReport, items: str, path: Path) -> None:
     """Write `path` and its items, each whole or not at all. Older files of these names are kept under their own time.
 
     Raises:
-        UserError: the place cannot be written, or holds a file that is no result.
+        UserError: the place cannot be written, or holds a file that is no result; a result that lies beside it
+            instead is named.
     """
     beside = items_path(path)
     texts = {beside: items, path: result.model_dump_json(indent=1) + "\n"}  # the result last: it names the items
@@ -273,6 +295,9 @@ def write_result(result: EvalReport, items: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         for place, text in texts.items():
             _aside(place).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the result {path}: {error.strerror}") from error
+    try:
         if path.exists():
             created = _created(path).replace(":", "").replace("-", "")
             for place in (path, beside):
@@ -281,20 +306,25 @@ def write_result(result: EvalReport, items: str, path: Path) -> None:
                     place.rename(kept if place == path else items_path(kept))
         for place in texts:
             os.replace(_aside(place), place)
-    except OSError as error:
-        raise UserError(f"cannot write the result {path}: {error.strerror}") from error
+    except (OSError, UserError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot write the result {path}: {why}; what was scored lies in {_aside(path)}") from error
 
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+class _Dated(BaseModel):
+    """What a result of any version says of itself."""
+
+    suite: str
+    created: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$")
+
+
 def _created(path: Path) -> str:
     """When the result at `path` was made, whatever version of the schema it has."""
-    try:
-        return str(json.loads(path.read_bytes())["created"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is there and is no evaluation result: move it, or give --out FILE") from error
+    return read_record(path, _Dated, "evaluation result", hint="move it, or give --out FILE").created
 
 
 def read_result(path: Path) -> EvalReport:
@@ -303,12 +333,5 @@ def read_result(path: Path) -> EvalReport:
     Raises:
         UserError: unreadable, or not of this schema.
     """
-    try:
-        return EvalReport.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read the result {path}: {error.strerror}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        what = f"{path} is not an evaluation result of this version: {where}: {first['msg']}"
-        raise UserError(f"{what}; make it again: fathom eval --checkpoint RUN --suite {path.stem}") from error
+    hint = f"make it again: fathom eval --checkpoint RUN --suite {path.stem}"
+    return read_record(path, EvalReport, "evaluation result of this version", hint=hint)

@@ -16,7 +16,7 @@ from apps.eval.report.page import ALONE, Links, human_bytes, human_seconds, rend
 from apps.eval.report.questions import question_figures
 from apps.eval.results import EvalReport, LossByPosition
 
-REPORT_NAME = "report.html"
+REPORT_NAME, TEMPLATE = "report.html", "report.html.j2"
 SHOWN_PACKAGES = ("fathom", "torch", "megatron-core", "numpy", "tokenizers", "tilelang", "safetensors", "structlog")
 
 
@@ -41,12 +41,17 @@ def write_report(view: RunView, path: Path) -> None:
 
 def render(view: RunView, links: Links = ALONE) -> str:
     """The page as text. It refers to nothing outside itself but to the pages of `links`."""
-    return render_page(
-        "report.html.j2", links=links, view=view, tiles=tiles(view), training_figures=training_figures(view),
-        speed_figures=speed_figures(view.steps),
-        evaluations=[(result, result_figures(result)) for result in view.results],
-        config_rows=list(flatten(view.config, view.origins)), shown_packages=SHOWN_PACKAGES,
-    )  # fmt: skip
+    return render_page(TEMPLATE, links=links, **content(view))
+
+
+def content(view: RunView) -> dict[str, Any]:
+    """What the template shows."""
+    return {
+        "view": view, "tiles": tiles(view), "training_figures": training_figures(view),
+        "speed_figures": speed_figures(view.steps),
+        "evaluations": [(result, result_figures(result)) for result in view.results],
+        "config_rows": list(flatten(view.config, view.origins)), "shown_packages": SHOWN_PACKAGES,
+    }  # fmt: skip
 
 
 def result_figures(result: EvalReport) -> list[Figure]:
@@ -61,7 +66,7 @@ def tiles(view: RunView) -> list[Tile]:
     if view.validations:
         first, last = view.validations[0], view.validations[-1]
         before, after = first["metrics"]["bpb"], last["metrics"]["bpb"]
-        note = f"from {before:.3f} at step {first['step']}, {1 - after / before:.0%} lower"
+        note = f"from {before:.3f} at step {first['step']}" + (f", {1 - after / before:.0%} lower" if before else "")
         found.append(Tile("validation bits per byte", f"{after:.3f}", note if last is not first else "one validation"))
     for result, details in losses(view.results):
         bpb = details.bpb

@@ -17,6 +17,7 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 520, 290
 LEFT, RIGHT, TOP, BOTTOM = 84, 14, 12, 46
 POINTS_DRAWN = 500  # more than pixels: thinner curves look the same and keep the file small
+LARGEST, SMALLEST = 1e300, 1e-300  # widths beyond these are not numbers any more
 
 
 class Series(NamedTuple):
@@ -61,13 +62,14 @@ class _Scale(NamedTuple):
 
 
 def line_chart(axes: Axes, series: Sequence[Series], levels: Sequence[Level] = ()) -> Markup:
-    """The chart with a legend above it when there is more than one thing to name."""
+    """The chart with a legend above it when there is more than one thing to name; a note where none can be drawn."""
+    why_not = _obstacle(axes, series, levels)
+    if why_not is not None:
+        return not_drawn(why_not)
     series = [thinned(s) for s in series]
     to_x: Callable[[float], float] = math.log2 if axes.x_log else float
     xs = [to_x(x) for s in series for x in s.xs]
     ys = [y for s in series for y in (*s.ys, *s.low, *s.high)] + [level.value for level in levels]
-    assert xs, "a chart needs a point"
-    assert ys
     x_scale = _x_scale(axes, xs)
     y_ticks = nice_ticks(0.0 if axes.from_zero else min(ys), max(ys), 5)
     y_scale = _Scale(min(y_ticks[0], *ys), max(y_ticks[-1], *ys), HEIGHT - BOTTOM, TOP)
@@ -84,6 +86,24 @@ def line_chart(axes: Axes, series: Sequence[Series], levels: Sequence[Level] = (
         f'{legend}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(axes.description)}">'
         f"{''.join(parts)}</svg>"
     )
+
+
+def not_drawn(why: str) -> Markup:
+    """What stands where a chart would."""
+    return Markup(f'<p class="none">Not drawn: {escape(why)}.</p>')
+
+
+def _obstacle(axes: Axes, series: Sequence[Series], levels: Sequence[Level]) -> str | None:
+    """Why there can be no chart of this."""
+    if not any(s.xs for s in series):
+        return "there is no point"
+    furthest = max(max(map(abs, row)) for s in series for row in (s.xs, s.ys, s.low, s.high) if row)
+    furthest = max(furthest, *(abs(level.value) for level in levels), 0)
+    if furthest > LARGEST:
+        return f"a value is beyond {LARGEST:g}"
+    if axes.x_log and min(x for s in series for x in s.xs) <= 0:
+        return f"{axes.x_label}: a logarithmic axis has no place for 0 or less"
+    return None
 
 
 def thinned(series: Series) -> Series:
@@ -118,9 +138,10 @@ class Share(NamedTuple):
 
 
 def share_bar(shares: Sequence[Share], description: str) -> Markup:
-    """One horizontal bar cut into shares, with a legend that states each."""
+    """One horizontal bar cut into shares, with a legend that states each; a note where there is nothing to share."""
     total = sum(share.value for share in shares)
-    assert total > 0, "shares of nothing"
+    if not 0 < total <= LARGEST:
+        return not_drawn(f"shares of {total:g}")
     start = 0.0
     parts: list[str] = []
     for share in shares:
@@ -143,8 +164,8 @@ def share_bar(shares: Sequence[Share], description: str) -> Markup:
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round values (1, 2, 2.5, 5 times a power of ten) that cover [low, high]."""
-    if high <= low:
-        margin = abs(low) * 0.1 or 1.0
+    if high - low < SMALLEST:
+        margin = abs(low) * 0.1 if abs(low) > SMALLEST * 10 else 1.0
         low, high = low - margin, high + margin
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
@@ -163,10 +184,19 @@ def number(value: float) -> str:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean over the `window` values that end at each one (fewer at the beginning)."""
-    sums = [0.0, *itertools.accumulate(values)]
-    starts = (max(0, end - window) for end in range(1, len(sums)))
-    return [(sums[end] - sums[start]) / (end - start) for end, start in enumerate(starts, start=1)]
+    """Mean over the `window` values that end at each one (fewer at the beginning), rounded once.
+
+    A float is a whole number of some power of two, and whole numbers add and take away exactly: a sum of floats would
+    forget small values for good once a large one has passed through the window.
+    """
+    ratios = [value.as_integer_ratio() for value in values]
+    unit = max((below for _, below in ratios), default=1)
+    whole = [above * (unit // below) for above, below in ratios]
+    means, total = [], 0
+    for place, value in enumerate(whole):
+        total += value - (whole[place - window] if place >= window else 0)
+        means.append(total / (unit * min(place + 1, window)))
+    return means
 
 
 def _x_scale(axes: Axes, xs: Sequence[float]) -> _Scale:

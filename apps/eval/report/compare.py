@@ -20,7 +20,7 @@ from apps.eval.results import Estimate, EvalReport, LossByPosition
 from apps.eval.suites import SUITES
 from libs.flags.errors import UserError
 
-COMPARE_NAME = "compare.html"
+COMPARE_NAME, TEMPLATE = "compare.html", "compare.html.j2"
 _SMOOTHING_SHARE = 40
 _MISSING = "not recorded"
 
@@ -58,11 +58,16 @@ def write_comparison(views: Sequence[RunView], path: Path) -> None:
 
 def render(views: Sequence[RunView], links: Links = ALONE) -> str:
     """The page as text. It refers to nothing outside itself but to the pages of `links`."""
-    return render_page(
-        "compare.html.j2", links=links, views=views, names=names(views), differences=differences(views),
-        figures=[figure for make in _FIGURES if (figure := make(views)) is not None], rows=rows(views),
-        warnings=warnings(views),
-    )  # fmt: skip
+    return render_page(TEMPLATE, links=links, **content(views))
+
+
+def content(views: Sequence[RunView]) -> dict[str, Any]:
+    """What the template shows."""
+    return {
+        "views": views, "names": names(views), "differences": differences(views),
+        "figures": [figure for make in _FIGURES if (figure := make(views)) is not None], "rows": rows(views),
+        "warnings": warnings(views),
+    }  # fmt: skip
 
 
 def names(views: Sequence[RunView]) -> list[str]:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-from pydantic import ValidationError
+from typing import Any
 
 from apps.eval.bench.crossing import Crossing
-from apps.eval.bench.crossover import CrossoverReceipt, Point
+from apps.eval.bench.crossover import CrossoverReceipt, Point, ratios_of
 from apps.eval.bench.crossover_job import MODELS, Model
+from apps.eval.reading import read_record
 from apps.eval.report.charts import Axes, Level, Series, line_chart
 from apps.eval.report.figures import Figure
 from apps.eval.report.page import ALONE, Links, render_page
 from libs.flags.errors import UserError
 
+TEMPLATE = "crossover.html.j2"
 _COLOUR: Mapping[Model, int] = {"hybrid": 1, "twin": 2}
 _CROSSING_COLOUR = 3
 
@@ -30,21 +31,27 @@ def read_crossover(path: Path) -> CrossoverReceipt:
         UserError: not there, or not a receipt of a crossover sweep whose figures follow from its samples.
     """
     file = path / "receipt.json" if path.is_dir() else path
-    try:
-        return CrossoverReceipt.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read the receipt {file}: {error.strerror}") from error
-    except ValidationError as error:
-        what = error.errors()[0]
-        raise UserError(f"{file} is no receipt of `fathom bench crossover`: {what['loc']}: {what['msg']}") from error
+    what = "receipt of `fathom bench crossover`"
+    receipt = read_record(file, CrossoverReceipt, what)
+    hybrid, twin = ({point.seq_len for point in receipt.points if point.model == model} for model in MODELS)
+    if hybrid != twin:
+        raise UserError(f"{file} is no {what}: at {min(hybrid ^ twin)} tokens one of the two models is missing")
+    if receipt.ratios != ratios_of(receipt.points, receipt.contenders):
+        raise UserError(f"{file} is no {what}: its ratios do not follow from its samples")
+    return receipt
 
 
 def crossover_page(receipt: CrossoverReceipt, links: Links = ALONE) -> str:
     """The page as text."""
-    return render_page(
-        "crossover.html.j2", links=links, receipt=receipt, figures=figures(receipt), rows=_rows(receipt),
-        modelled_figures=modelled_figures(receipt),
-    )  # fmt: skip
+    return render_page(TEMPLATE, links=links, **content(receipt))
+
+
+def content(receipt: CrossoverReceipt) -> dict[str, Any]:
+    """What the template shows."""
+    return {
+        "receipt": receipt, "figures": figures(receipt), "rows": _rows(receipt),
+        "modelled_figures": modelled_figures(receipt),
+    }  # fmt: skip
 
 
 def figures(receipt: CrossoverReceipt) -> list[Figure]:
@@ -65,7 +72,7 @@ def figures(receipt: CrossoverReceipt) -> list[Figure]:
 
 
 def _ratio(receipt: CrossoverReceipt) -> Figure:
-    lengths = [int(ratio.name.rsplit("_S", 1)[1]) for ratio in receipt.ratios]
+    lengths = _lengths(receipt)
     values = [ratio.value for ratio in receipt.ratios]
     low = [r.value if r.low is None else r.low for r in receipt.ratios]
     high = [r.value if r.high is None else r.high for r in receipt.ratios]
@@ -127,10 +134,14 @@ def _rows(receipt: CrossoverReceipt) -> list[dict[str, object]]:
     """A row for each length."""
     by = {(point.model, point.seq_len): point for point in receipt.points}
     rows: list[dict[str, object]] = []
-    for ratio in receipt.ratios:
-        seq_len = int(ratio.name.rsplit("_S", 1)[1])
+    for seq_len, ratio in zip(_lengths(receipt), receipt.ratios, strict=True):
         rows.append({"seq_len": seq_len, "ratio": ratio, **{p.model: p for key, p in by.items() if key[1] == seq_len}})
     return rows
+
+
+def _lengths(receipt: CrossoverReceipt) -> list[int]:
+    """Of the ratios, in their order (`ratios_of`)."""
+    return sorted({point.seq_len for point in receipt.points})
 
 
 def _sentence(crossing: Crossing) -> str:

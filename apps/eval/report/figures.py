@@ -180,7 +180,7 @@ def speed_figures(steps: Sequence[Event]) -> list[Figure]:
     shares = [
         Share(label, seconds, f"{seconds / total:.1%}, {1e3 * seconds / len(steps):.1f} ms", colour)
         for label, field, colour in _PHASES
-        if (seconds := sum(event[field] for event in steps)) > 0
+        if total > 0 and (seconds := sum(event[field] for event in steps)) > 0
     ]
     caption = f"Mean over {len(steps)} steps of {1e3 * total / len(steps):.0f} ms each."
     figures.append(Figure("Where a step's time goes", caption, share_bar(shares, "Shares of a step's time")))

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from apps.eval.bench.kernel_table import KernelTable
+from apps.eval.reading import read_record
 from apps.eval.report.page import ALONE, Links, render_page
-from libs.flags.errors import UserError
 
 _MADE_BY = "`fathom bench kernels --json > FILE` makes one"
 
@@ -23,14 +21,7 @@ def read_kernels(path: Path) -> KernelTable:
     Raises:
         UserError: not there, or not what `fathom bench kernels --json` writes.
     """
-    try:
-        return KernelTable.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read the table of kernels {path}: {error.strerror}; {_MADE_BY}") from error
-    except ValidationError as error:
-        what = error.errors()[0]
-        where = ".".join(map(str, what["loc"])) or "the file"
-        raise UserError(f"{path} is no table of kernels: {where}: {what['msg']}; {_MADE_BY}") from error
+    return read_record(path, KernelTable, "table of kernels", hint=_MADE_BY)
 
 
 def kernels_page(table: KernelTable, links: Links = ALONE) -> str:

@@ -5,7 +5,7 @@ Not for drawing (figures.py) nor for layout (template.html.j2). Steps that a res
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -70,7 +70,7 @@ class Verdict(NamedTuple):
 
 
 class RunView(NamedTuple):
-    """Everything the report shows. problems: files of the run that could not be read."""
+    """Everything the report shows. problems: what of the run could not be read or is not its own, and is left out."""
 
     run_dir: Path
     run_id: str
@@ -120,14 +120,16 @@ def load_run(run_dir: Path) -> RunView:
     refusals = [event for event in latest if event["event"] == "gate.refused"]
     resolved = _last(latest, "gates.resolved")
     config = _last(own, "config.resolved") or {}
-    results, problems = _results(run_dir)
+    validations, blank = _validations(own)
+    checkpoints = _checkpoints(run_dir, own)
+    results, problems = _results(run_dir, {view.sha256 for view in checkpoints})
     return RunView(
         run_dir=run_dir,
         run_id=str(events[0]["run_id"]),
         recipe=next((e["recipe"] for e in own if e["event"] == "run.start"), None),
         attempts=attempts,
         steps=_surviving(own, "train.step"),
-        validations=[e for e in _surviving(own, "eval.result") if e["suite"] == VALIDATION],
+        validations=validations,
         gates=_gates(latest, resolved, refusals),
         gates_hash=None if resolved is None else str(resolved["hash"]),
         refusals=refusals,
@@ -136,11 +138,11 @@ def load_run(run_dir: Path) -> RunView:
         environment=_last(own, "env.snapshot"),
         data=_last(own, "data.fingerprint"),
         backends=[event for event in latest if event["event"] == "backend.chosen"],
-        checkpoints=_checkpoints(run_dir, own),
+        checkpoints=checkpoints,
         incidents=[e for e in events if e["event"].startswith(("anomaly.", "signal.", "gate.changed"))],
         verdicts=_verdicts(run_dir, checked),
         results=results,
-        problems=damaged + problems,
+        problems=damaged + blank + problems,
     )
 
 
@@ -188,6 +190,14 @@ def _surviving(events: list[Event], name: str) -> list[Event]:
         elif event["event"] == name and event["step"] is not None:
             kept[event["step"]] = event
     return [kept[step] for step in sorted(kept)]
+
+
+def _validations(events: list[Event]) -> tuple[list[Event], list[str]]:
+    """The validations that say their bits per byte, and what is to be told of the others."""
+    found = [event for event in _surviving(events, "eval.result") if event["suite"] == VALIDATION]
+    blank = [event["step"] for event in found if "bpb" not in event["metrics"]]
+    told = f"{len(blank)} validations without bits per byte are left out, the first at step {min(blank, default=0)}"
+    return [event for event in found if "bpb" in event["metrics"]], [told] if blank else []
 
 
 def _gates(latest: list[Event], resolved: Event | None, refusals: list[Event]) -> list[GateView]:
@@ -258,15 +268,27 @@ def _verdicts(run_dir: Path, report: LogReport) -> list[Verdict]:
     return verdicts
 
 
-def _results(run_dir: Path) -> tuple[list[EvalReport], list[str]]:
-    """The newest result of each suite (older ones lie beside it under their time)."""
+def _results(run_dir: Path, checkpoints: Collection[str | None]) -> tuple[list[EvalReport], list[str]]:
+    """The newest result of each suite (older ones lie beside it under their time), if it is one of this run's.
+
+    checkpoints: the sha256 of those that the run recorded.
+    """
     results: list[EvalReport] = []
     problems: list[str] = []
     for suite in SUITES:
         path = run_dir / "eval" / f"{suite}.json"
         if path.is_file():
             try:
-                results.append(read_result(path))
+                result = read_result(path)
             except UserError as error:
                 problems.append(str(error))
+                continue
+            made_of = result.checkpoint
+            if result.suite != suite:
+                problems.append(f"{path} is left out: it is a result of the suite {result.suite}")
+            elif made_of.sha256 not in checkpoints:
+                what = f"{made_of.path} of {made_of.model}, sha256 {made_of.sha256[:16]}"
+                problems.append(f"{path} is left out: it is of a checkpoint that this run did not record ({what})")
+            else:
+                results.append(result)
     return results, problems

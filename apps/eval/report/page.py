@@ -104,13 +104,13 @@ def human_bytes(size: float) -> str:
 
 def digits(value: float, count: int) -> str:
     """So many leading digits, and no exponent for large ones: 0.0412, 411.5, 10,230."""
-    return f"{value:,.0f}" if round(abs(value)) >= 10**count else f"{value:.{count}g}"
+    return f"{value:,.0f}" if abs(value) >= 10**count - 0.5 else f"{value:.{count}g}"
 
 
 def human_seconds(seconds: float) -> str:
     """A duration in the two largest units that matter."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
+    if not 60 <= seconds < 1e9:
+        return f"{seconds:.1f} s" if seconds < 60 else f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -37,8 +37,7 @@ def pick(scores: Sequence[Score], metric: str, axes: tuple[str, ...]) -> list[Sc
 
 def length_name(tokens: object) -> str:
     """16384 as 16k."""
-    assert isinstance(tokens, int), tokens
-    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+    return f"{tokens // 1024}k" if isinstance(tokens, int) and tokens % 1024 == 0 else str(tokens)
 
 
 def _needle(details: QuestionScores) -> list[Figure]:

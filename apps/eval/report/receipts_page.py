@@ -5,13 +5,13 @@ Not for one receipt in a terminal (`apps.eval.bench.table`).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pydantic import ValidationError
+from pydantic import ConfigDict
 
 from apps.eval.bench.receipt import FILE_NAME, Receipt
+from apps.eval.reading import read_record
 from apps.eval.report.page import ALONE, Links, render_page
 from libs.flags.errors import UserError
 from libs.flags.evidence import RULE
@@ -36,17 +36,17 @@ def load_receipts(folder: Path) -> Receipts:
     problems: list[str] = []
     for path in sorted(folder.glob(f"*/{FILE_NAME}")):
         try:
-            found[path.parent.name] = _common_part(json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError) as error:
-            what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            problems.append(f"{path.parent.name} is not a receipt: {what}")
+            found[path.parent.name] = read_record(path, _CommonPart, "receipt")
+        except UserError as error:
+            problems.append(str(error))
     newest_first = sorted(found.items(), key=lambda item: item[1].created, reverse=True)
     return Receipts(dict(newest_first), problems)
 
 
-def _common_part(content: dict[str, Any]) -> Receipt:
+class _CommonPart(Receipt):
     """Some subjects say more than the common schema; this page shows what all have."""
-    return Receipt.model_validate({name: value for name, value in content.items() if name in Receipt.model_fields})
+
+    model_config = ConfigDict(extra="ignore")
 
 
 def receipts_page(folder: Path, links: Links = ALONE) -> str:

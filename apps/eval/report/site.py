@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from apps.eval.report import build, compare
-from apps.eval.report.crossover_page import crossover_page, read_crossover
+from apps.eval.report import build, compare, crossover_page
+from apps.eval.report.crossover_page import read_crossover
 from apps.eval.report.flags_page import flags_page
 from apps.eval.report.kernels_page import kernels_page, read_kernels
 from apps.eval.report.load import RunView, load_run
@@ -23,6 +23,8 @@ from libs.flags.index import RunIndex
 from libs.flags.summary import RunSummary
 
 INDEX, FLAGS, RECEIPTS, KERNELS, COMPARE = "index.html", "flags.html", "receipts.html", "kernels.html", "compare.html"
+# What odd numbers and names make of a formula, a look-up or a format: no page, and a word about it on the list.
+_ODD = (ArithmeticError, LookupError, TypeError, ValueError)
 
 
 class Sources(NamedTuple):
@@ -83,18 +85,32 @@ def _drafts(sources: Sources, runs: list[RunSummary], views: list[RunView], prob
         return render_page("index.html.j2", links=links, folder=sources.runs, runs=newest_first, problems=problems)
 
     drafts = {INDEX: Draft("Runs", index)}
-    trained = [view for view in views if view.steps][-COLOURS:]
+    pages: dict[str, Draft] = {}
+    for view in views:
+        pages |= _tried(run_page(view.run_dir.name), None, build.TEMPLATE, partial(build.content, view), problems)
+    trained = [view for view in views if view.steps and run_page(view.run_dir.name) in pages][-COLOURS:]
     if len(trained) > 1:
-        drafts[COMPARE] = Draft("Comparison", partial(compare.render, trained))
+        drafts |= _tried(COMPARE, "Comparison", compare.TEMPLATE, partial(compare.content, trained), problems)
     drafts[FLAGS] = Draft("Gates", partial(flags_page, sources.runs))
     if sources.receipts is not None:
         drafts |= _measured(sources.receipts, problems)
     if sources.kernels is not None:
         table = read_kernels(sources.kernels)
         drafts[KERNELS] = Draft("Kernels", partial(kernels_page, table))
-    for view in views:
-        drafts[run_page(view.run_dir.name)] = Draft(None, partial(build.render, view))
-    return drafts
+    return drafts | pages
+
+
+def _tried(
+    name: str, label: str | None, template: str, content: Callable[[], dict[str, Any]], problems: list[str]
+) -> dict[str, Draft]:
+    """The page `name`, if it can be made (without links, for once); else none, and a problem: it hides no other."""
+    try:
+        values = content()
+        render_page(template, **values)
+    except _ODD as error:
+        problems.append(f"{name} is left out, as it cannot be drawn: {error!r}")
+        return {}
+    return {name: Draft(label, lambda links: render_page(template, links=links, **values))}
 
 
 def _measured(folder: Path, problems: list[str]) -> dict[str, Draft]:
@@ -110,5 +126,6 @@ def _measured(folder: Path, problems: list[str]) -> dict[str, Draft]:
                 continue
             longest = max(point.seq_len for point in curves.points)
             label = f"Crossover to {longest:,}, {receipt.hardware.machine}"
-            drafts[f"crossover-{name}.html"] = Draft(label, partial(crossover_page, curves))
+            content = partial(crossover_page.content, curves)
+            drafts |= _tried(f"crossover-{name}.html", label, crossover_page.TEMPLATE, content, problems)
     return drafts

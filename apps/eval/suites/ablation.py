@@ -82,23 +82,21 @@ def run_ablation(
     Args:
         scored: document -> number of tokens, of the documents that count, in drawing order.
 
-    Every length is scored on the same documents; the first `ablation_documents` with room are taken.
+    Every length is scored on the same documents; the first `ablation_documents` with room are taken, of those with a
+    byte in the span: of special tokens alone there are no bits per byte.
     """
     span = options.span_tokens
     contexts = choose_contexts(list(scored.values()), options)
     if not contexts.lengths:
-        return Ablation(
-            span_tokens=span,
-            contexts_reason=contexts.reason,
-            documents=[],
-            too_short=sorted(scored),
-            not_used=[],
-            points=[],
-            key_tokens=None,
-            reason=f"no curve: {contexts.reason}",
-        )
+        return _no_curve(options, contexts, contexts.reason, too_short=sorted(scored))
     room = [document for document, n in scored.items() if n >= contexts.lengths[-1] + span]
-    used = sorted(room[: options.ablation_documents])
+    too_short = sorted(document for document in scored if document not in room)
+    counted = [d for d in room if inputs.tokenizer.token_bytes[inputs.documents[d][-span:]].any()]
+    no_bytes = sorted(set(room) - set(counted))
+    used = sorted(counted[: options.ablation_documents])
+    if not used:
+        why = f"the last {span} tokens of no document stand for a byte"
+        return _no_curve(options, contexts, why, too_short=too_short, no_bytes=no_bytes)
     shape = (len(contexts.lengths), len(used), span)
     bits_LDS, bytes_DS = np.zeros(shape), np.zeros(shape[1:])
     for column, document in enumerate(used):
@@ -112,11 +110,28 @@ def run_ablation(
         span_tokens=span,
         contexts_reason=contexts.reason,
         documents=used,
-        too_short=sorted(document for document in scored if document not in room),
-        not_used=sorted(room[options.ablation_documents :]),
+        too_short=too_short,
+        not_used=sorted(counted[options.ablation_documents :]),
+        no_bytes=no_bytes,
         points=_points(bits, bytes_DS.sum(1), options.seed),
         key_tokens=key_tokens(contexts.lengths, bits_LDS, bytes_DS, options.seed),
         reason=None,
+    )
+
+
+def _no_curve(
+    options: SuiteOptions, contexts: Contexts, why: str, *, too_short: list[int], no_bytes: Sequence[int] = ()
+) -> Ablation:
+    return Ablation(
+        span_tokens=options.span_tokens,
+        contexts_reason=contexts.reason,
+        documents=[],
+        too_short=too_short,
+        not_used=[],
+        no_bytes=list(no_bytes),
+        points=[],
+        key_tokens=None,
+        reason=f"no curve: {why}",
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from apps.eval.__main__ import main
 from apps.eval.config import parse_tokens
-from apps.eval.results import items_path, read_result
+from apps.eval.results import check_place, items_path, read_result, write_result
 from apps.eval.suites import SUITES
 from libs.flags.audit_record import audit_path
 from libs.flags.errors import UserError, run_entry
@@ -226,3 +226,62 @@ def test_a_file_that_is_no_result_is_not_overwritten(run_dir: Path, capsys: pyte
     assert run_cli("--checkpoint", run_dir, *QUICK) == 2
     assert "no evaluation result" in capsys.readouterr().err
     assert mine.read_text() == "my notes"
+
+
+@pytest.mark.parametrize(
+    "content", ["my notes", "[]", "{}", '{"created": "2026-01-01T00:00:00Z"}', '{"suite": "s", "created": "a/b"}',
+                '{"suite": "s", "created": null}', '{"suite": "s", "created": "../../../../x"}'],
+)  # fmt: skip
+def test_a_place_that_holds_no_result_is_refused_before_anything_is_scored(
+    run_dir: Path, tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apps.eval.run.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    before = log_path(run_dir).read_bytes()
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "needle.json").write_text(content)
+    for words in (("--suite", "needle", "--out", out / "needle.json"), ("--suite", "all", "--out", out)):
+        assert run_cli("--checkpoint", run_dir, *words) == 2
+        error = capsys.readouterr().err
+        assert f"{out}/needle.json is no evaluation result: " in error
+        assert "move it, or give --out FILE" in error
+    assert run_cli("--checkpoint", run_dir, *QUICK, "--out", out) == 2
+    assert f"{out} is a directory: give the name of a JSON file" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["needle.json"]
+    assert (out / "needle.json").read_text() == content
+    assert log_path(run_dir).read_bytes() == before
+
+
+@pytest.mark.parametrize("out", ["/proc/xx/o.json", "FILE/o.json", f"DIR/{'x' * 300}.json"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_scored(
+    run_dir: Path, tmp_path: Path, out: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apps.eval.run.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    place = out.replace("FILE", str(tmp_path / "file")).replace("DIR", str(tmp_path))
+    assert run_cli("--checkpoint", run_dir, *QUICK, "--out", place) == 2
+    assert f"cannot write the result {place}: " in capsys.readouterr().err
+
+
+def test_a_late_refusal_names_what_was_scored(run_dir: Path, tmp_path: Path) -> None:
+    """Somebody else's file came while the suite ran: it stays, and the result lies beside it, whole."""
+    assert run_cli("--checkpoint", run_dir, *QUICK) == 0
+    result = read_result(run_dir / "eval" / "loss_by_position.json")
+    late = tmp_path / "new" / "r.json"
+    check_place(late)
+    assert not late.parent.exists(), "looking leaves nothing behind"
+    late.parent.mkdir()
+    late.write_text("my notes")
+    with pytest.raises(UserError, match=r"is no evaluation result.*what was scored lies in .*/\.r\.json\.partial"):
+        write_result(result, "", late)
+    assert late.read_text() == "my notes"
+    assert read_result(late.with_name(".r.json.partial")) == result
+
+
+def test_a_result_of_an_older_schema_is_kept_under_its_time(run_dir: Path) -> None:
+    (run_dir / "eval").mkdir()
+    old = {"schema_version": 1, "suite": "loss_by_position", "created": "2025-02-03T04:05:06.000007Z"}
+    (run_dir / "eval" / "loss_by_position.json").write_text(json.dumps(old))
+    assert run_cli("--checkpoint", run_dir, *QUICK) == 0
+    kept = run_dir / "eval" / "loss_by_position.20250203T040506.000007Z.json"
+    assert json.loads(kept.read_text()) == old

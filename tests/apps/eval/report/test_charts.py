@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import xml.etree.ElementTree as ET
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -59,6 +61,35 @@ def test_a_flat_series_still_has_an_axis() -> None:
     line_chart(AXES, [Series("flat", [1], [0.0], 1)])
 
 
+@pytest.mark.parametrize("value", [5e-324, 1e-310, 1e-300, 1e-290, -5e-324, 1.0, 1e299, -1e300])
+def test_the_smallest_and_the_largest_numbers_have_an_axis(value: float) -> None:
+    for low, high in ((0.0, value), (value, 0.0), (value, value), (-abs(value), abs(value))):
+        ticks = nice_ticks(min(low, high), max(low, high), 5)
+        assert 2 <= len(ticks) <= 13
+        assert all(map(math.isfinite, ticks))
+    svg = svg_of(line_chart(AXES, [Series("s", [0, 1], [0.0, value], 1, style="points")]))
+    for dot in svg.findall("circle"):
+        assert TOP <= float(dot.get("cy", "")) <= HEIGHT - BOTTOM
+
+
+@pytest.mark.parametrize(
+    ("axes", "series", "levels", "why"),
+    [
+        (AXES, [], [Level("zlib", 2.0, 5)], "there is no point"),
+        (AXES, [Series("s", [], [], 1)], [], "there is no point"),
+        (AXES, [Series("s", [0, 1], [-1e308, 1e308], 1)], [], "a value is beyond 1e+300"),
+        (AXES, [Series("s", [0, 10**400], [0.0, 1.0], 1)], [], "a value is beyond 1e+300"),
+        (AXES, [Series("s", [0], [0.0], 1, "points", [0.0], [1e301])], [], "a value is beyond 1e+300"),
+        (AXES, [Series("s", [0], [0.0], 1)], [Level("zlib", 1e308, 5)], "a value is beyond 1e+300"),
+        (AXES._replace(x_log=True), [Series("s", [0, 1], [0.0, 1.0], 1)], [], "step: a logarithmic axis has no place"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(axes: Axes, series: list[Series], levels: list[Level], why: str) -> None:
+    chart = line_chart(axes, series, levels)
+    assert chart.startswith(f'<p class="none">Not drawn: {why}')
+    assert "svg" not in chart
+
+
 def test_points_lie_where_their_values_are() -> None:
     svg = svg_of(line_chart(AXES, [Series("s", [0, 10], [1.0, 3.0], 1, style="points")], [Level("zlib", 2.0, 5)]))
     dots = svg.findall("circle")
@@ -102,3 +133,17 @@ def test_labels_and_smoothing() -> None:
     assert [number(v) for v in (0.002, 1.5, 250, 12_000, 3_400_000)] == ["0.002", "1.5", "250", "12k", "3.4M"]
     assert running_mean([1.0, 2.0, 3.0, 4.0], 2) == [1.0, 1.5, 2.5, 3.5]
     assert running_mean([1.0, 2.0], 10) == [1.0, 1.5]
+
+
+def test_a_spike_leaves_the_running_mean_with_its_window() -> None:
+    """Against fractions, window by window; the sums of floats gave 0.0 from the spike on."""
+    assert running_mean([2.0, 2.0, 2.0, 1e17, 2.0, 2.0, 2.0], 2) == [2.0, 2.0, 2.0, 5e16, 5e16, 2.0, 2.0]
+    values = [2.0, 1e300, -3.5, 5e-324, 1.7e308, 0.1, 7, -1.7e308, 0.2, 1e-9, 0.0, 3]
+    for window in range(1, len(values) + 2):
+        parts = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
+        assert running_mean(values, window) == [float(sum(map(Fraction, part)) / len(part)) for part in parts]
+
+
+def test_shares_of_nothing_are_said() -> None:
+    for shares in ([], [Share("a", 0.0, "0 %", 1)]):
+        assert share_bar(shares, "split") == '<p class="none">Not drawn: shares of 0.</p>'

@@ -90,7 +90,7 @@ def test_receipts(receipts: Path, tmp_path: Path) -> None:
     html = page(["receipts", str(receipts)], tmp_path / "receipts.html")
     for text in ("chip kept", "chip rejected", "chip noise", "faster beyond noise", "only the whole step decides"):
         assert text in html
-    assert "2026-01-01_ops_box is not a receipt" in html
+    assert "2026-01-01_ops_box/receipt.json is no receipt" in html
     assert "&lt;script&gt;alert(1)" in html
     assert html.index("forward_psiv_cache") < html.index("step_tma") < html.index("step_psiv_cache"), "newest first"
     assert len(load_receipts(receipts).found) == 3

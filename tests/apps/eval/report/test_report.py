@@ -364,7 +364,7 @@ def test_a_damaged_result_is_reported_not_hidden(run_dir: Path) -> None:
     (run_dir / "eval").mkdir()
     (run_dir / "eval" / "loss_by_position.json").write_text("{}")
     page, _ = report(run_dir)
-    assert "is not an evaluation result of this version" in page.text
+    assert "is no evaluation result of this version" in page.text
     assert "make it again: fathom eval --checkpoint RUN --suite loss_by_position" in page.text
 
 

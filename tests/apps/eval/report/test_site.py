@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from urllib.parse import unquote
@@ -143,7 +144,16 @@ def test_numbers_that_begin_a_cell_sort_as_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "count", "text"),
-    [(0.041234, 4, "0.04123"), (411.52, 4, "411.5"), (9999.7, 4, "10,000"), (10231.4, 4, "10,231"), (1110, 3, "1,110")],
+    [
+        (0.041234, 4, "0.04123"),
+        (411.52, 4, "411.5"),
+        (9999.7, 4, "10,000"),
+        (10231.4, 4, "10,231"),
+        (1110, 3, "1,110"),
+        (999.4, 3, "999"),
+        (999.5, 3, "1,000"),
+        (math.inf, 4, "inf"),
+    ],
 )
 def test_digits_without_an_exponent(value: float, count: int, text: str) -> None:
     assert digits(value, count) == text

@@ -150,6 +150,32 @@ def test_no_curve_is_said_not_hidden(inputs: SuiteInput) -> None:
     assert ablation.too_short == [0, 1, 2]
 
 
+def test_a_span_of_special_tokens_alone_has_no_bits_per_byte(inputs: SuiteInput) -> None:
+    """The last token of every document ends it and stands for no byte: no curve, with the reason."""
+    output = score(inputs, contexts=(64, 128), span_tokens=1)
+    ablation = output.details.ablation
+    lengths = [len(inputs.documents[i]) for i in range(12)]
+    assert (ablation.points, ablation.documents, ablation.key_tokens) == ([], [], None)
+    assert ablation.reason == "no curve: the last 1 tokens of no document stand for a byte"
+    assert ablation.no_bytes == [i for i, n in enumerate(lengths) if n >= 129]
+    assert ablation.too_short == [i for i, n in enumerate(lengths) if n < 129]
+
+
+def test_a_document_without_a_byte_in_the_span_is_left_out_and_listed(inputs: SuiteInput) -> None:
+    """As if it had not been drawn; the next one takes its place."""
+    ends = int(inputs.documents[0][-1])
+    assert inputs.tokenizer.token_bytes[ends] == 0
+    changed = [np.array(inputs.documents[i]) for i in range(12)]
+    changed[5][-64:] = ends
+    room = [i for i, ids in enumerate(changed) if len(ids) >= 764]
+    assert 5 in room[:3]
+    ablation = score(inputs._replace(documents=changed), contexts=(2, 700), ablation_documents=3).details.ablation
+    others = [i for i in room if i != 5]
+    assert (ablation.no_bytes, ablation.documents, ablation.not_used) == ([5], others[:3], others[3:])
+    without = inputs._replace(documents=changed, drawn=[i for i in range(12) if i != 5])
+    assert score(without, contexts=(2, 700), ablation_documents=3).details.ablation.points == ablation.points
+
+
 def test_contexts_that_cannot_be_had_are_named_when_other_suites_use_them_too() -> None:
     lengths = [40, 200, *[600] * 8]
     lenient = OPTIONS._replace(strict_contexts=False)

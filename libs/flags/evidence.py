@@ -24,7 +24,8 @@ WHOLE_STEP: Scope = "step"
 MIN_PAIRS = 7
 RULE = (
     "kept: the 95 % interval of the time of B over A, whole training step, lies below 1; "
-    "rejected: it lies above 1; noise: it holds 1, or it is not of the whole step and not above 1"
+    "rejected: it lies above 1; noise: it holds 1, or it is not of the whole step and not above 1, or it comes of "
+    f"fewer than {MIN_PAIRS} pairs"
 )
 
 
@@ -35,11 +36,13 @@ class Verdict(NamedTuple):
     reason: str
 
 
-def decide(ratio: float, interval: Interval | None, scope: Scope) -> Verdict:
-    """The decision rule (`RULE`). ratio: time of B over time of A."""
+def decide(ratio: float, interval: Interval | None, scope: Scope, pairs: int) -> Verdict:
+    """The decision rule (`RULE`). ratio: time of B over time of A, of so many pairs."""
     if interval is None:
         return Verdict("noise", f"B takes {ratio:.4f} of A's time, from one pair: no interval")
     said = f"B takes {ratio:.4f} of A's time ({interval.low:.4f} to {interval.high:.4f})"
+    if pairs < MIN_PAIRS:
+        return Verdict("noise", f"{said}, from {pairs} pairs: {MIN_PAIRS} are the fewest that count")
     if interval.low > 1:
         return Verdict("rejected", f"{said}: slower beyond noise")
     if interval.high >= 1:
@@ -180,10 +183,8 @@ def _doubts(measured: _Measured, comparison: _Comparison) -> Iterator[str]:
     if len(a.samples_s) != len(b.samples_s) or min(a.samples_s + b.samples_s) <= 0:
         yield "its samples are not pairs of positive times"
         return
-    if len(a.samples_s) < MIN_PAIRS:
-        yield f"it has {len(a.samples_s)} pairs of samples; {MIN_PAIRS} are the fewest that count"
     ratio, interval = paired_ratio(b.samples_s, a.samples_s)
-    verdict = decide(ratio, interval, comparison.scope)
+    verdict = decide(ratio, interval, comparison.scope, len(a.samples_s))
     if verdict.value != "kept" and measured.decision.value == "kept":
         yield f"its own samples say {verdict.value}: {verdict.reason}"
 

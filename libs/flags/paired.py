@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
-# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom (any table of the t distribution).
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom (any table of the t distribution). Receipts
+# state intervals made with these figures: with more digits they would no longer follow from their samples.
 _T_975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-_NORMAL_975 = 1.960
+_NORMAL_975 = NormalDist().inv_cdf(0.975)
 
 
 class Interval(NamedTuple):
@@ -53,4 +55,14 @@ def _mean(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def _t_975(degrees: int) -> float:
-    return _T_975[degrees - 1] if degrees <= len(_T_975) else _NORMAL_975
+    """From the table, and beyond it by the expansion in 1 / degrees (Abramowitz and Stegun 26.7.5), right to 1e-6."""
+    if degrees <= len(_T_975):
+        return _T_975[degrees - 1]
+    x = _NORMAL_975
+    terms: tuple[float, ...] = (
+        x,
+        (x**3 + x) / 4,
+        (5 * x**5 + 16 * x**3 + 3 * x) / 96,
+        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
+    )
+    return math.fsum(term / degrees**power for power, term in enumerate(terms))

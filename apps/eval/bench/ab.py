@@ -57,12 +57,14 @@ def run_ab(plan: AbPlan, *, command: Sequence[str], machine: str | None) -> Rece
 
     Raises:
         RedGate: an arm breaks the rules of the run log, or both should compute the same and do not; nothing is timed.
-        RunRefused: a gate of an arm cannot be honoured here. UserError: an arm does not run.
+        RunRefused: a gate of an arm cannot be honoured here. UserError: an arm does not run,
+            or runs on a device that receipts are not of.
     """
     load_before, source = os.getloadavg()[0], snapshot({})
     folder = Path(tempfile.mkdtemp(prefix="fathom-ab-"))
     try:
         probes = {arm.name: _run(plan, arm, folder / f"{arm.name}-check") for arm in (plan.a, plan.b)}
+        hardware = _hardware(source, probes["b"], machine, load_before)
         compared = compare(plan, probes["a"], probes["b"])
         if not all(outcome.passed for outcome in compared.outcomes):
             raise RedGate(compared.outcomes)
@@ -86,7 +88,7 @@ def run_ab(plan: AbPlan, *, command: Sequence[str], machine: str | None) -> Rece
         config_hash=hash_json(config),
         gates_hash=resolved["hash"],
         gates={row["gate"]: row["value"] for row in resolved["gates"]},
-        hardware=_hardware(source, probes["b"], machine, load_before),
+        hardware=hardware,
         versions={
             "python": source["python"],
             **{name: source["packages"][name] for name in REPORTED_PACKAGES if name in source["packages"]},

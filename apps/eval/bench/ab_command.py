@@ -9,8 +9,7 @@ from pathlib import Path
 
 from apps.eval.bench.ab import AbPlan, run_ab
 from apps.eval.bench.ab_arm import Arm, Steps
-from apps.eval.bench.output import MAX_ROUNDS, deliver, in_range
-from libs.flags.errors import UserError
+from apps.eval.bench.output import MAX_ROUNDS, check_place, deliver, in_range
 
 MAX_STEPS = 10_000
 
@@ -43,8 +42,7 @@ def _plan(args: argparse.Namespace) -> AbPlan:
         ("--limit", args.limit, 1, 86_400),
     ):
         in_range(option, value, lowest, highest)
-    if args.receipt_dir is not None and args.receipt_dir.exists() and not args.receipt_dir.is_dir():
-        raise UserError(f"--receipt-dir {args.receipt_dir} is not a directory")
+    check_place(args.receipt_dir)
     return AbPlan(
         a=Arm.parse("a", args.a),
         b=Arm.parse("b", args.b),

@@ -21,7 +21,7 @@ from apps.eval.bench.output import add_shared_options, checked_threads
 from apps.eval.bench.receipt import FILE_NAME
 from libs.flags.errors import ExitStatus, UserError
 
-# Benchmark -> its options beside the shared ones, by speed. --n is not handed on: each has its own number.
+# Benchmark -> its options beside the shared ones, by speed.
 QUICK: Mapping[str, tuple[str, ...]] = {
     "ops": ("--quick",),
     "step": ("--quick",),
@@ -45,8 +45,8 @@ class Ran(NamedTuple):
 
 
 def add_all_options(parser: argparse.ArgumentParser) -> None:
-    """The shared options, and which to leave out."""
-    add_shared_options(parser, rounds=1)
+    """The shared options but --n, of which each benchmark has its own number, and --json; and which to run."""
+    add_shared_options(parser, rounds=None, json=False)
     parser.add_argument("--only", help=f"some of {','.join(QUICK)}")
 
 

@@ -68,9 +68,7 @@ def run_comm(plan: CommPlan, *, command: Sequence[str], machine: str | None) -> 
         aims=aims,
         left_out=_left_out(plan),
         notes=_notes(plan),
-        decision=Decision(
-            value="record", reason=f"{sum(aim.met for aim in aims)} of {len(aims)} aims met; decides about no change"
-        ),
+        decision=Decision.of_aims(aims),
     )
 
 

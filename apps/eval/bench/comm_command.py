@@ -13,7 +13,7 @@ from apps.eval.bench.comm import CommReceipt, run_comm
 from apps.eval.bench.comm_job import CommPlan
 from apps.eval.bench.comm_step import StepPlan
 from apps.eval.bench.operands import Shape
-from apps.eval.bench.output import MAX_ROUNDS, deliver, in_range
+from apps.eval.bench.output import MAX_ROUNDS, check_place, deliver, in_range
 from apps.eval.bench.receipt import Ratio
 from apps.eval.bench.table import interval
 from libs.flags.errors import UserError
@@ -63,8 +63,7 @@ def _plan(args: argparse.Namespace) -> CommPlan:
     for seq_len in seq_lens:
         if seq_len < 1 or seq_len % args.processes:
             raise UserError(f"--seq-len {seq_len}: allowed are multiples of the {args.processes} processes")
-    if args.receipt_dir is not None and args.receipt_dir.exists() and not args.receipt_dir.is_dir():
-        raise UserError(f"--receipt-dir {args.receipt_dir} is not a directory")
+    check_place(args.receipt_dir)
     return CommPlan(
         seq_lens=seq_lens,
         rounds=args.n,

@@ -22,6 +22,7 @@ METHOD = (
 )
 Status: TypeAlias = Literal["crossed", "below_all_along", "not_crossed"]
 _SHARE = 0.025  # of the draws on either side of a 95 % interval
+_ROUNDING = 1e-12  # logarithms of one ratio may differ by this much: no spread of samples
 
 
 class LogRatio(NamedTuple):
@@ -39,8 +40,8 @@ class LogRatio(NamedTuple):
         logs = [math.log(a / b) for a, b in zip(hybrid, twin, strict=False)]
         assert logs, "a ratio needs a pair"
         mean = math.fsum(logs) / len(logs)
-        if len(logs) < 2:
-            return cls(seq_len, mean, None, 1)
+        if max(logs) - min(logs) <= _ROUNDING:
+            return cls(seq_len, mean, None, len(logs))
         variance = math.fsum((one - mean) ** 2 for one in logs) / (len(logs) - 1)
         return cls(seq_len, mean, math.sqrt(variance / len(logs)), len(logs))
 

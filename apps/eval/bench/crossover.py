@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from apps.eval.bench.crossing import METHOD, Crossing, LogRatio
 from apps.eval.bench.crossover_job import MODELS, CrossoverPlan, Found, Model, configs, measure, step_flops
+from apps.eval.bench.follows import require_reason, require_same
 from apps.eval.bench.inference_receipt import own_process
 from apps.eval.bench.machine import Where, gpu_of, step_facts
 from apps.eval.bench.model_step import CHECK_TOKENS
@@ -54,19 +55,33 @@ class CrossoverReceipt(Receipt):
 
     @model_validator(mode="after")
     def _figures_follow_from_samples(self) -> Self:
+        self._both_models_at_every_length()
         for point in self.points:
             sampled = self.contender(contender_name(point.model, point.seq_len))
-            stated = (point.seconds, point.tokens_per_s, point.rounds)
-            actual = (sampled.mean_s, point.seq_len / sampled.mean_s, sampled.n)
-            if any(not math.isclose(s, a, rel_tol=1e-9) for s, a in zip(stated, actual, strict=True)):
-                raise ValueError(
-                    f"{sampled.name}: states seconds, tokens/s, rounds = {stated}, its samples give {actual}"
-                )
+            rate = point.seq_len / sampled.mean_s
+            actual = {"seconds": sampled.mean_s, "tokens_per_s": rate, "rounds": sampled.n}
+            require_same(sampled.name, point, point.model_copy(update=actual))
+        ratios = ratios_of(self.points, self.contenders)
+        if [ratio.name for ratio in self.ratios] != [ratio.name for ratio in ratios]:
+            wanted = ", ".join(ratio.name for ratio in ratios)
+            raise ValueError(f"ratios {', '.join(ratio.name for ratio in self.ratios)}: its points ask for {wanted}")
+        for stated, ratio in zip(self.ratios, ratios, strict=True):
+            require_same(f"ratio {ratio.name}", stated, ratio)
         actual_crossings = crossings_of(self.points, self.contenders, self.modelled, seed=self.seed)
         if self.crossings != actual_crossings:
             said, found = ("; ".join(one.sentence() for one in each) for each in (self.crossings, actual_crossings))
             raise ValueError(f"states: {said}; its samples give: {found}")
+        require_reason(self.decision.reason, decision_of(actual_crossings).reason)
         return self
+
+    def _both_models_at_every_length(self) -> None:
+        there = [contender_name(point.model, point.seq_len) for point in self.points]
+        wanted = {contender_name(model, point.seq_len) for point in self.points for model in MODELS}
+        sampled = {one.name for one in self.contenders}
+        if missing := sorted(wanted - set(there)) or sorted(wanted - sampled):
+            raise ValueError(f"no point and samples of both models at every length: {', '.join(missing)} missing")
+        if len(there) > len(wanted):
+            raise ValueError("two points of one model at one length")
 
 
 def contender_name(model: str, seq_len: int) -> str:
@@ -111,9 +126,7 @@ def run_crossover(
         modelled=list(modelled),
         left_out=[LeftOut(name=f"S={seq_len}", reason=reason) for seq_len, reason in found.left_out.items()],
         notes=_notes(plan, models, found),
-        decision=Decision(
-            value="record", reason=crossings[0].sentence() if crossings else "one length: no crossing can be seen"
-        ),
+        decision=decision_of(crossings),
         **where.fields(_config(plan, models), command),
     )
 
@@ -135,6 +148,12 @@ def crossings_of(
                 ratios = [LogRatio(s, math.log(h / t), None, 1) for s, (h, t) in zip(lengths, pairs, strict=True)]
                 crossings.append(Crossing.of(quantity, ratios, seed=seed))
     return [*crossings, *modelled_crossings(modelled, seed=seed)]
+
+
+def decision_of(crossings: Sequence[Crossing]) -> Decision:
+    """What is said of time, which is measured; of nothing that is modelled."""
+    by_time = next((crossing.sentence() for crossing in crossings if crossing.quantity == TIME), None)
+    return Decision(value="record", reason=by_time or "one length: no crossing can be seen")
 
 
 def ratios_of(points: Sequence[Point], contenders: Sequence[Sampled]) -> list[Ratio]:

@@ -30,10 +30,7 @@ class Circumstances:
         return self._where.fields(named, self._command) | {
             "memory": [],
             "aims": list(aims),
-            "decision": Decision(
-                value="record",
-                reason=f"{sum(aim.met for aim in aims)} of {len(aims)} aims met; decides about no change",
-            ),
+            "decision": Decision.of_aims(aims),
         }
 
 

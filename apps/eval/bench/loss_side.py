@@ -7,7 +7,6 @@ loss. Not for training or scoring, which the programs do (loss_side_runs.py).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -15,6 +14,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from apps.eval.bench.correctness import Outcome
+from apps.eval.bench.follows import require_reason, require_same
 from apps.eval.bench.loss_side_runs import LossSidePlan, Trained, run_all
 from apps.eval.bench.machine import Where
 from apps.eval.bench.ops import RedGate
@@ -77,19 +77,11 @@ class LossSideReceipt(Receipt):
         for name, stated, actual in (
             ("hybrid", self.hybrid, hybrid), ("twin", self.twin, twin), ("difference", self.difference, difference),
         ):  # fmt: skip
-            if not _same(stated, actual):
-                raise ValueError(f"{name}: states {stated}, its scores give {actual}")
+            require_same(name, stated, actual)
         if self.answer != answer_of(difference):
             raise ValueError(f"answer {self.answer}, but its scores say {answer_of(difference)}")
+        require_reason(self.decision.reason, sentence(self.answer, hybrid, twin, difference, self.scores[0].tokens))
         return self
-
-
-def _same(stated: Spread, actual: Spread) -> bool:
-    """But for rounding."""
-    for s, a in zip(stated.model_dump().values(), actual.model_dump().values(), strict=True):
-        if (s is None) != (a is None) or (s is not None and not math.isclose(s, a, abs_tol=1e-9)):
-            return False
-    return True
 
 
 def run_loss_side(plan: LossSidePlan, folder: Path, *, command: Sequence[str], machine: str | None) -> LossSideReceipt:
@@ -123,7 +115,7 @@ def run_loss_side(plan: LossSidePlan, folder: Path, *, command: Sequence[str], m
         answer=answer,
         left_out=[],
         notes=_notes(plan, runs),
-        decision=Decision(value="record", reason=sentence(answer, hybrid, twin, difference, plan)),
+        decision=Decision(value="record", reason=sentence(answer, hybrid, twin, difference, scores[0].tokens)),
         **where.fields({**plan._asdict(), "seeds": list(plan.seeds), "words": list(plan.words)}, command),
     )
 
@@ -136,6 +128,7 @@ def check_runs(runs: Sequence[Trained]) -> list[Outcome]:
         unequal = {
             "tokens trained on": hybrid.tokens != twin.tokens,
             "training data": hybrid.data != twin.data,
+            "steps of the checkpoints scored": hybrid.score.checkpoint.step != twin.score.checkpoint.step,
             "documents scored": hybrid.score.data.prompt_sha256 != twin.score.data.prompt_sha256,
         }
         sizes = abs(hybrid.score.checkpoint.parameters / twin.score.checkpoint.parameters - 1)
@@ -145,9 +138,11 @@ def check_runs(runs: Sequence[Trained]) -> list[Outcome]:
 
 
 def spreads_of(scores: Sequence[SeedScore]) -> tuple[Spread, Spread, Spread]:
-    """Of the hybrid, of the twin, and of their paired differences."""
+    """Of the hybrid, of the twin, and of their paired differences. Raises ValueError when a score has no partner."""
     seeds = list(dict.fromkeys(score.seed for score in scores))
     by = {(score.model, score.seed): score.bpb.value for score in scores}
+    if len(by) < len(scores) or len(by) < 2 * len(seeds):
+        raise ValueError("not one score of each model for every seed")
     hybrid, twin = [by["hybrid", seed] for seed in seeds], [by["twin", seed] for seed in seeds]
     return Spread.of(hybrid), Spread.of(twin), Spread.of(hybrid, twin)
 
@@ -159,8 +154,8 @@ def answer_of(difference: Spread) -> Answer:
     return "dense_lower" if difference.low > 0 else "hybrid_lower"
 
 
-def sentence(answer: Answer, hybrid: Spread, twin: Spread, difference: Spread, plan: LossSidePlan) -> str:
-    """In words, with the budget: a small one shows little."""
+def sentence(answer: Answer, hybrid: Spread, twin: Spread, difference: Spread, tokens: int) -> str:
+    """In words, with the budget, which is each run's tokens: a small one shows little."""
     words = {
         "dense_lower": "the dense twin has the lower loss",
         "hybrid_lower": "the hybrid has the lower loss",
@@ -171,7 +166,7 @@ def sentence(answer: Answer, hybrid: Spread, twin: Spread, difference: Spread, p
         bounds = f"{difference.low:+.4f} to {difference.high:+.4f}"
     return (
         f"{words}: {hybrid.mean:.4f} against {twin.mean:.4f} bits per byte, difference {difference.mean:+.4f} "
-        f"({bounds}), {difference.n} seeds, {plan.steps * plan.window:,} tokens each"
+        f"({bounds}), {difference.n} seeds, {tokens:,} tokens each"
     )
 
 

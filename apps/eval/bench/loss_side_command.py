@@ -19,8 +19,8 @@ WORK = Path("runs") / "loss-side"
 
 
 def add_loss_side_options(parser: argparse.ArgumentParser) -> None:
-    """The budget, the seeds, and where the runs are kept. --n is of no use here: samples are seeds."""
-    add_shared_options(parser, rounds=1)
+    """The budget, the seeds, and where the runs are kept. No --n: samples are seeds."""
+    add_shared_options(parser, rounds=None)
     parser.add_argument("--seeds", type=int, default=3, help="of weights and data order, for each model (3)")
     parser.add_argument("--steps", type=int, help=f"of each run ({STEPS}; --quick: {QUICK_STEPS})")
     parser.add_argument("--window", default=WINDOW, help=f"tokens of a step ({WINDOW})")

@@ -22,7 +22,7 @@ from libs.flags.runlog import read_events
 from libs.flags.runs import is_run
 from libs.model import dense_twin, preset
 
-SUITE = "loss_by_position"
+SUITE, SPLIT = "loss_by_position", "valid"
 PLAN_FILE = "plan.json"
 _NEVER = "1000000000"
 
@@ -85,11 +85,44 @@ def run_all(plan: LossSidePlan, folder: Path) -> list[Trained]:
         print(f"bench loss-side: {number} of {len(plan.pairs())}: {run_dir.name}", file=sys.stderr, flush=True)
         if _status(run_dir) != "completed":
             _program("apps.train", _train_words(plan, model, seed, run_dir))
-        result = run_dir / "eval" / f"{SUITE}.json"
-        if not result.is_file():
-            _program("apps.eval", _eval_words(plan, run_dir))
-        trained.append(_read(model, seed, run_dir, read_result(result)))
+        trained.append(_read(model, seed, run_dir, _scored(plan, run_dir)))
     return trained
+
+
+def _scored(plan: LossSidePlan, run_dir: Path) -> EvalReport:
+    """The result of this run's last checkpoint with the plan's sizes; evaluated, where there is no such result.
+
+    Raises:
+        UserError: even a new result is of something else.
+    """
+    path = run_dir / "eval" / f"{SUITE}.json"
+    if path.is_file():
+        score = read_result(path)
+        unlike = _unlike(plan, run_dir, score)
+        if not unlike:
+            return score
+        said = f"bench loss-side: {path} is of something else ({'; '.join(unlike)}): evaluated again, that one is kept"
+        print(said, file=sys.stderr, flush=True)
+    _program("apps.eval", _eval_words(plan, run_dir))
+    score = read_result(path)
+    if unlike := _unlike(plan, run_dir, score):
+        raise UserError(
+            f"{run_dir} is no run of this plan: {'; '.join(unlike)}; move it away, and the same command trains it anew"
+        )
+    return score
+
+
+def _unlike(plan: LossSidePlan, run_dir: Path, score: EvalReport) -> list[str]:
+    """In what a result is not of the last checkpoint of a run of this plan, scored as planned."""
+    commits = [event["sha256"] for event in read_events(run_dir) if event["event"] == "checkpoint.commit"]
+    wanted = {
+        "step": (score.checkpoint.step, plan.steps),
+        "checkpoint": (score.checkpoint.sha256, commits[-1] if commits else None),
+        "split": (score.config.get("split"), SPLIT),
+        "max_documents": (score.config.get("max_documents"), plan.documents),
+        "max_tokens": (score.config.get("max_tokens"), plan.max_tokens),
+    }
+    return [f"{what} {found}, not {want}" for what, (found, want) in wanted.items() if found != want]
 
 
 def _claim(plan: LossSidePlan, folder: Path) -> None:
@@ -147,7 +180,7 @@ def _train_words(plan: LossSidePlan, model: str, seed: int, run_dir: Path) -> li
 
 def _eval_words(plan: LossSidePlan, run_dir: Path) -> list[str]:
     sizes = ["--max-documents", str(plan.documents), "--max-tokens", str(plan.max_tokens), "--ablation-documents", "2"]
-    return ["--checkpoint", str(run_dir), "--suite", SUITE, *sizes]
+    return ["--checkpoint", str(run_dir), "--suite", SUITE, "--split", SPLIT, *sizes]
 
 
 def _program(module: str, words: Sequence[str]) -> None:

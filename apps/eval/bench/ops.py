@@ -117,10 +117,7 @@ def run_ops(plan: OpsPlan, *, command: Sequence[str], machine: str | None) -> Re
         aims=aims,
         left_out=left_out,
         notes=_notes(plan),
-        decision=Decision(
-            value="record",
-            reason=f"{sum(aim.met for aim in aims)} of {len(aims)} aims met; decides about no change",
-        ),
+        decision=Decision.of_aims(aims),
     )
 
 

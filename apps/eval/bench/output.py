@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -25,11 +26,14 @@ R = TypeVar("R", bound=Receipt)
 MAX_ROUNDS = 1000
 
 
-def add_shared_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
-    """--n, --threads, --seed, --machine, --json, --quick, --receipt-dir."""
-    parser.add_argument("--json", action="store_true", help="the receipt on stdout as JSON")
+def add_shared_options(parser: argparse.ArgumentParser, *, rounds: int | None, json: bool = True) -> None:
+    """--n, --threads, --seed, --machine, --json, --quick, --receipt-dir. rounds: None where there is no choice of --n.
+    json: whether there is one receipt to print."""
+    if json:
+        parser.add_argument("--json", action="store_true", help="the receipt on stdout as JSON")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller sizes")
-    parser.add_argument("--n", type=int, default=rounds, help=f"interleaved samples per contender ({rounds})")
+    if rounds is not None:
+        parser.add_argument("--n", type=int, default=rounds, help=f"interleaved samples per contender ({rounds})")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own number)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--receipt-dir", type=Path, help="also write <date>_<subject>_<hardware>/receipt.json there")
@@ -39,11 +43,23 @@ def add_shared_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
 def checked_threads(args: argparse.Namespace) -> int:
     """The threads to use. Raises UserError for a shared option out of its range."""
     threads = torch.get_num_threads() if args.threads is None else args.threads
-    in_range("--n", args.n, 1, MAX_ROUNDS)
+    if "n" in args:
+        in_range("--n", args.n, 1, MAX_ROUNDS)
     in_range("--threads", threads, 1, os.cpu_count() or 1)
-    if args.receipt_dir is not None and args.receipt_dir.exists() and not args.receipt_dir.is_dir():
-        raise UserError(f"--receipt-dir {args.receipt_dir} is not a directory")
+    check_place(args.receipt_dir)
     return int(threads)
+
+
+def check_place(receipt_dir: Path | None) -> None:
+    """Raises UserError when no folder can be made there: better known before the measurement than after it."""
+    if receipt_dir is None:
+        return
+    try:
+        there = next(path for path in (receipt_dir.absolute(), *receipt_dir.absolute().parents) if path.exists())
+        with tempfile.TemporaryDirectory(prefix=".receipt-", dir=there):
+            pass  # made and taken away again: what permissions say is not all there is
+    except OSError as error:
+        raise UserError(f"--receipt-dir {receipt_dir}: no folder can be made there: {error.strerror}") from error
 
 
 def in_range(option: str, value: float, lowest: float, highest: float) -> None:

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from apps.eval.bench.contenders import op_call
 from apps.eval.bench.correctness import CHECK_SHAPE, Outcome, compare, output_and_gradients
+from apps.eval.bench.follows import require_reason
 from apps.eval.bench.interleave import Contender, interleave, wall_seconds
 from apps.eval.bench.machine import Where, gpu_of
 from apps.eval.bench.operands import Operands, Shape, make_operands
 from apps.eval.bench.ops import RedGate
-from apps.eval.bench.receipt import Check, Comparison, Decision, Ratio, Receipt, Sampled
+from apps.eval.bench.receipt import NO_CHANGE, Check, Comparison, Decision, Ratio, Receipt, Sampled
 from libs.flags.facts import Facts
 from libs.kernels.mimo.api import BACKENDS, XLA_DRIVERS
 from libs.kernels.mimo.capabilities import HOPPER
@@ -81,6 +82,10 @@ class PsivReceipt(Receipt):
             raise ValueError(f"result {self.result}, but the offers say {'that one' if able else 'that none'} has it")
         if (self.result == "measured") != (self.comparison is not None):
             raise ValueError(f"result {self.result} {'without' if able else 'with'} a comparison of the gate's values")
+        if self.comparison is None:
+            if len(self.ratios) != 2:
+                raise ValueError(f"{len(self.ratios)} ratios: there are two, what is saved and at most what could be")
+            require_reason(self.decision.reason, _decision(*self.ratios).reason)
         return self
 
 
@@ -133,7 +138,7 @@ def run_psiv(plan: PsivPlan, *, command: Sequence[str], machine: str | None) -> 
         left_out=[],
         notes=_notes(lane, able),
         comparison=comparison,
-        decision=_decision(saved, ceiling, lane) if comparison is None else comparison.decision(),
+        decision=_decision(saved, ceiling) if comparison is None else comparison.decision(),
         **where.fields({**plan._asdict(), "shape": plan.shape.describe()}, command),
     )
 
@@ -220,13 +225,13 @@ def _measure(plan: PsivPlan, arms: Sequence[Arm]) -> tuple[dict[str, Sampled], i
     return sampled, product().nbytes
 
 
-def _decision(saved: Ratio, ceiling: Ratio, lane: Arm) -> Decision:
+def _decision(saved: Ratio, ceiling: Ratio) -> Decision:
     """Of an experiment: nothing."""
     return Decision(
         value="record",
-        reason=f"no backend that trains here has {STAGE}; {SAVED} products take {_share(ceiling)} of {lane.name}'s "
-        f"forward + backward; XLA's loop, driven eagerly, takes {_share(saved)} of its time with it; decides about no "
-        "change",
+        reason=f"no backend that trains here has {STAGE}; {SAVED} products take {_share(ceiling)} of "
+        f"{ceiling.denominator}'s forward + backward; XLA's loop, driven eagerly, takes {_share(saved)} of its time "
+        f"with it; {NO_CHANGE}",
     )
 
 

@@ -5,20 +5,24 @@ Not for measuring (ops.py) or printing (table.py). A receipt with a red correctn
 
 from __future__ import annotations
 
-import math
+import os
 import re
 import statistics
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
+from apps.eval.bench.follows import require_reason, require_same
+from libs.flags.errors import UserError
 from libs.flags.evidence import Scope, decide
 from libs.flags.paired import Interval, paired_difference, paired_ratio
 
 SCHEMA_VERSION: Literal[1] = 1
 FILE_NAME = "receipt.json"
+NO_CHANGE = "decides about no change"
 
 
 class _Record(BaseModel):
@@ -109,10 +113,10 @@ class Sampled(_Record):
     def _summary_follows_from_samples(self) -> Self:
         if any(seconds <= 0 for seconds in self.samples_s):
             raise ValueError(f"{self.name}: a sample is not a positive time")
-        stated = (self.n, self.mean_s, self.min_s)
-        actual = (len(self.samples_s), statistics.fmean(self.samples_s), min(self.samples_s))
-        if any(abs(s - a) > 1e-9 * max(1.0, abs(a)) for s, a in zip(stated, actual, strict=True)):
-            raise ValueError(f"{self.name}: states n, mean, min = {stated}, its samples give {actual}")
+        seconds = self.samples_s
+        actual = {"n": len(seconds), "mean_s": statistics.fmean(seconds), "min_s": min(seconds)}
+        std_s = statistics.stdev(seconds) if len(seconds) > 1 else None
+        require_same(self.name, self, self.model_copy(update={**actual, "std_s": std_s}))
         return self
 
 
@@ -174,6 +178,14 @@ class Aim(_Record):
     target: float
     met: bool
 
+    @model_validator(mode="after")
+    def _met_follows(self) -> Self:
+        measured, target = self.measured, self.target
+        met = {">=": measured >= target, "<=": measured <= target, "<": measured < target}[self.relation]
+        if self.met != met:
+            raise ValueError(f"aim {self.name}: {measured} {self.relation} {target} is {met}, it says {self.met}")
+        return self
+
 
 class LeftOut(_Record):
     name: str
@@ -214,7 +226,7 @@ class Comparison(_Record):
         """What the rule says of it (`libs.flags.evidence.RULE`)."""
         ratio = self.ratio
         interval = None if ratio.low is None or ratio.high is None else Interval(ratio.low, ratio.high)
-        verdict = decide(ratio.value, interval, self.scope)
+        verdict = decide(ratio.value, interval, self.scope, ratio.n)
         return Decision(value=verdict.value, reason=verdict.reason)
 
 
@@ -223,6 +235,11 @@ class Decision(_Record):
 
     value: Literal["record", "kept", "noise", "rejected"]
     reason: str = Field(min_length=1)
+
+    @classmethod
+    def of_aims(cls, aims: Sequence[Aim]) -> Decision:
+        """Of a measurement that compares nothing: how many of its aims are met."""
+        return cls(value="record", reason=f"{sum(aim.met for aim in aims)} of {len(aims)} aims met; {NO_CHANGE}")
 
 
 class Receipt(_Record):
@@ -259,31 +276,44 @@ class Receipt(_Record):
         return checks
 
     @model_validator(mode="after")
+    def _ratios_follow_from_samples(self) -> Self:
+        for stated in self.ratios:
+            pair = self.contender(stated.numerator), self.contender(stated.denominator)
+            require_same(f"ratio {stated.name}", stated, Ratio.of(stated.name, *pair, scale=stated.scale))
+        return self
+
+    @model_validator(mode="after")
     def _decision_follows_from_samples(self) -> Self:
         stated = self.comparison
         if stated is None:
             if self.decision.value != "record":
                 raise ValueError(f"decision {self.decision.value} without a comparison: nothing was decided")
+            if self.aims or "aims met" in self.decision.reason:
+                require_reason(self.decision.reason, Decision.of_aims(self.aims).reason)
             return self
-        absent = {stated.a, stated.b} - {sampled.name for sampled in self.contenders}
-        if absent:
-            raise ValueError(f"compares {', '.join(sorted(absent))}, of which there is no sample")
         gate = None
         if stated.gate is not None and stated.baseline is not None and stated.value is not None:
             gate = (stated.gate, stated.baseline, stated.value)
         actual = Comparison.of(self.contender(stated.a), self.contender(stated.b), scope=stated.scope, gate=gate)
-        if not math.isclose(stated.ratio.value, actual.ratio.value, rel_tol=1e-9):
-            raise ValueError(f"states the ratio {stated.ratio.value}, its samples give {actual.ratio.value}")
+        require_same("comparison", stated, actual)
         if self.decision.value != actual.decision().value:
             raise ValueError(f"decision {self.decision.value}, but the rule says {actual.decision().reason}")
+        require_reason(self.decision.reason, actual.decision().reason)
         return self
 
     def contender(self, name: str) -> Sampled:
-        """The contender of that name. KeyError when it did not run."""
+        """The contender of that name. Raises ValueError when it did not run."""
         for sampled in self.contenders:
             if sampled.name == name:
                 return sampled
-        raise KeyError(name)
+        raise ValueError(f"{name}: there is no sample of it")
+
+    def ratio(self, name: str) -> Ratio:
+        """The ratio of that name. Raises ValueError when there is none."""
+        for ratio in self.ratios:
+            if ratio.name == name:
+                return ratio
+        raise ValueError(f"{name}: there is no such ratio")
 
     def directory_name(self) -> str:
         """<date>_<subject>_<hardware>, as infra/receipts names its folders."""
@@ -294,14 +324,24 @@ class Receipt(_Record):
 def write_receipt(receipt: Receipt, parent: Path) -> Path:
     """Write PARENT/<date>_<subject>_<hardware>/receipt.json and return its path.
 
-    A second receipt of that day and subject gets a running number: a receipt is never overwritten.
+    A second receipt of that day and subject gets a running number: a receipt is never overwritten. The folder appears
+    with its file or not at all.
+
+    Raises:
+        UserError: the place cannot be written.
     """
     directory = parent / receipt.directory_name()
     number = 2
-    while directory.exists():
-        directory = parent / f"{receipt.directory_name()}_{number}"
-        number += 1
-    directory.mkdir(parents=True)
-    path = directory / FILE_NAME
-    path.write_text(receipt.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return path
+    try:
+        while directory.exists():
+            directory = parent / f"{receipt.directory_name()}_{number}"
+            number += 1
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".receipt-", dir=parent) as place:
+            aside = Path(place) / directory.name
+            aside.mkdir()
+            (aside / FILE_NAME).write_text(receipt.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            os.rename(aside, directory)
+    except OSError as error:
+        raise UserError(f"cannot write the receipt into {parent}: {error.strerror}") from error
+    return directory / FILE_NAME

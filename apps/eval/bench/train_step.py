@@ -7,17 +7,18 @@ Not for lengths (crossover.py) nor for gates (ab.py): one length, one configurat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from apps.eval.bench.correctness import Outcome
+from apps.eval.bench.follows import require_reason, require_same
 from apps.eval.bench.inference_receipt import own_process
 from apps.eval.bench.interleave import Contender, interleave
 from apps.eval.bench.machine import Where, step_facts
 from apps.eval.bench.model_step import CHECK_TOKENS, How, Stepper, check_step
 from apps.eval.bench.ops import RedGate
-from apps.eval.bench.receipt import Check, Decision, Ratio, Receipt, Sampled
+from apps.eval.bench.receipt import NO_CHANGE, Check, Decision, Ratio, Receipt, Sampled
 from apps.eval.bench.step_memory import METHOD, resident_peak
 from libs.flags.facts import Facts
 from libs.model import flops_per_token, preset
@@ -30,6 +31,7 @@ PARTS = {
     "step_recomputed": "the same, blocks recomputed in the backward",
 }
 _KEPT, _RECOMPUTED = "step", "step_recomputed"
+_RATIO = "recomputed_over_kept"
 
 
 class StepPlan(NamedTuple):
@@ -50,6 +52,16 @@ class StepReceipt(Receipt):
 
     tokens_per_s: float = Field(gt=0)
     peak_bytes: dict[str, int | None]
+
+    @model_validator(mode="after")
+    def _figures_follow_from_samples(self) -> Self:
+        if absent := {_KEPT, _RECOMPUTED} - self.peak_bytes.keys():
+            raise ValueError(f"peak_bytes says nothing of {', '.join(sorted(absent))}")
+        seq_len = self.config.get("seq_len")
+        rate = seq_len / self.contender(_KEPT).mean_s if isinstance(seq_len, int) else None
+        require_same("rate", self, self.model_copy(update={"tokens_per_s": rate}))
+        require_reason(self.decision.reason, _said(self.tokens_per_s, self.ratio(_RATIO), self.peak_bytes))
+        return self
 
 
 class Measured(NamedTuple):
@@ -81,7 +93,7 @@ def run_step(plan: StepPlan, *, command: Sequence[str], machine: str | None) -> 
         for name, times in found.samples.items()
     }  # fmt: skip
     rate = plan.seq_len / sampled["step"].mean_s
-    recomputed = Ratio.of("recomputed_over_kept", sampled[_RECOMPUTED], sampled[_KEPT])
+    recomputed = Ratio.of(_RATIO, sampled[_RECOMPUTED], sampled[_KEPT])
     return StepReceipt(
         what=f"training step of {plan.preset} on one row of {plan.seq_len} tokens, by its parts",
         subject="step",
@@ -133,4 +145,4 @@ def _said(rate: float, recomputed: Ratio, peaks: Mapping[str, int | None]) -> st
     said = f"{rate:,.0f} tokens/s; recomputing blocks takes {recomputed.value:.2f} of the time"
     if kept and again:
         said += f" and {again / kept:.2f} of the memory"
-    return f"{said}; decides about no change"
+    return f"{said}; {NO_CHANGE}"

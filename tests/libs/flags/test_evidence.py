@@ -31,11 +31,20 @@ from tests.libs.flags.receipts import receipt, samples, write
     ],
 )
 def test_the_rule(ratio: float, interval: tuple[float, float] | None, scope: Any, value: str) -> None:
-    verdict = decide(ratio, None if interval is None else Interval(*interval), scope)
+    verdict = decide(ratio, None if interval is None else Interval(*interval), scope, MIN_PAIRS)
     assert verdict.value == value
     assert f"{ratio:.4f}" in verdict.reason
     if scope != "step" and value == "noise":
         assert "only the whole step decides" in verdict.reason
+
+
+@pytest.mark.parametrize("ratio", [0.5, 2.0])
+def test_few_pairs_decide_nothing(ratio: float) -> None:
+    """Not even two that are the same to the last digit."""
+    for pairs in range(2, MIN_PAIRS):
+        verdict = decide(ratio, Interval(ratio, ratio), "step", pairs)
+        assert (verdict.value, f"from {pairs} pairs" in verdict.reason) == ("noise", True)
+    assert decide(ratio, Interval(ratio, ratio), "step", MIN_PAIRS).value != "noise"
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:

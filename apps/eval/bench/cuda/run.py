@@ -97,10 +97,7 @@ def _receipt(plan: CudaPlan, base: str, measured: Measured, built: Built, where:
         aims=aims,
         left_out=measured.left_out,
         notes=[*notes_of(plan, base, ratios), *_build_notes(built)],
-        decision=Decision(
-            value="record",
-            reason=f"{sum(aim.met for aim in aims)} of {len(aims)} aims met; gates are decided on the whole step",
-        ),
+        decision=Decision.of_aims(aims),
     )
 
 

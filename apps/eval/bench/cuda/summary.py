@@ -79,6 +79,7 @@ def notes_of(plan: CudaPlan, base: str, ratios: Sequence[Ratio]) -> list[str]:
         "forward+backward takes the gradients of every input",
         f"stages of PsiV and the split are added to the lane {base!r}; a stage that only writes for a backward has no "
         "forward of its own",
+        "gates are decided on the whole step, by `fathom bench ab`",
         "memory: torch's CUDA allocator, peak of one forward+backward beyond what is allocated before it",
     ]
     for ratio in ratios:

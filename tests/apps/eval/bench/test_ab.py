@@ -128,6 +128,24 @@ def test_a_red_gate_times_nothing(monkeypatch: pytest.MonkeyPatch, of_b: dict[st
     assert order == ["a", "b"]
 
 
+@pytest.mark.parametrize("device", ["xla:0", "tpu"])
+def test_a_device_that_receipts_are_not_of_is_refused_before_the_samples(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    order = _fake(monkeypatch, 0.9)
+    fake = ab.run_arm
+
+    def elsewhere(*args: Any) -> ArmRun:
+        run = fake(*args)
+        run.event("env.snapshot")["extra"]["device"] = device
+        return run
+
+    monkeypatch.setattr(ab, "run_arm", elsewhere)
+    with pytest.raises(UserError, match=f"the arms ran on {device}"):
+        run_ab(_plan("FATHOM_TMA=fwd"), command=["x"], machine=None)
+    assert order == ["a", "b"]
+
+
 def test_other_settings_compare_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
     _fake(monkeypatch, 0.5, config="other", loss=3.0)
     receipt = run_ab(_plan("--optim.lr 1"), command=["x"], machine=None)
@@ -155,6 +173,12 @@ def test_a_receipt_cannot_state_another_decision(monkeypatch: pytest.MonkeyPatch
         (whole | {"comparison": None}, "without a comparison"),
         (whole | {"comparison": comparison | {"b": "c"}}, "no sample"),
         (whole | {"comparison": wrong_ratio}, "its samples give"),
+        (whole | {"comparison": comparison | {"ratio": comparison["ratio"] | {"low": 0.1}}}, "its samples give"),
+        (whole | {"comparison": comparison | {"ratio": comparison["ratio"] | {"high": 0.1}}}, "its samples give"),
+        (whole | {"comparison": comparison | {"ratio": comparison["ratio"] | {"n": 99}}}, "its samples give"),
+        (whole | {"comparison": comparison | {"difference_s": -0.5}}, "states difference_s -0.5"),
+        (whole | {"comparison": comparison | {"difference_low_s": None}}, "states difference_low_s None"),
+        (whole | {"decision": whole["decision"] | {"reason": "B takes 0.5 of A's time"}}, "its samples say"),
     ):
         with pytest.raises(ValidationError, match=said):
             Receipt.model_validate(spoiled)
@@ -164,7 +188,7 @@ def test_a_receipt_cannot_state_another_decision(monkeypatch: pytest.MonkeyPatch
     "words",
     [
         ["--n", "0"], ["--steps", "0"], ["--skip", "-1"], ["--tolerance", "2"], ["--limit", "0"],
-        ["--receipt-dir", __file__],
+        ["--receipt-dir", __file__], ["--receipt-dir", f"{__file__}/below"], ["--receipt-dir", "/proc/nowhere/at/all"],
     ],
 )  # fmt: skip
 def test_bad_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from apps.eval.bench.correctness import Outcome, check_contenders, relative_erro
 from apps.eval.bench.interleave import Contender, interleave
 from apps.eval.bench.operands import Shape, make_operands, scan_flops
 from apps.eval.bench.receipt import Ratio, Receipt, Sampled, write_receipt
-from libs.flags.errors import run_entry
+from libs.flags.errors import UserError, run_entry
 
 
 @pytest.mark.parametrize(
@@ -191,6 +192,8 @@ def test_what_does_not_fit_is_left_out_with_the_figures(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--receipt-dir", "/proc/nowhere"], "--receipt-dir /proc/nowhere: no folder can be made there"),
+        (["--receipt-dir", f"{__file__}/below"], "no folder can be made there"),
         (["--device", "cuda"], "there is no CUDA device here"),
         (["--n", "0"], "--n 0"),
         (["--threads", "9999"], "--threads 9999"),
@@ -205,6 +208,7 @@ def test_refusals(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ops, "check_contenders", lambda **_: pytest.fail("begun before the options were looked at"))
     assert run_entry(main, ["ops", *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -239,3 +243,63 @@ def test_one_sample_has_no_deviation_and_no_interval() -> None:
     ratio = Ratio.of("r", one, Sampled.of("b", "b", [1.0], flops=None, warm_up=True))
     assert one.std_s is None
     assert (ratio.value, ratio.low, ratio.high, ratio.n) == (2.0, None, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("ratios", 0, "value"), 1.0, "ratio op_gemm_fraction_S16: states value 1.0"),
+        (("ratios", 0, "low"), 0.0, "states low 0.0"),
+        (("ratios", 0, "high"), 0.0, "states high 0.0"),
+        (("ratios", 0, "low"), None, "states low None"),
+        (("ratios", 0, "n"), 7, "states n 7"),
+        (("ratios", 0, "numerator"), "nobody", "nobody: there is no sample of it"),
+        (("contenders", 0, "std_s"), 0.0, "states std_s 0.0"),
+        (("aims", 0, "target"), 1e9, "it says True"),
+        (("aims", 2, "met"), False, "6.0 < 12.0 is True, it says False"),
+        (("decision", "reason"), "3 of 2 aims met; decides about no change", "its samples say"),
+        (("decision", "reason"), "twice as fast", "its samples say"),
+        (("aims",), [], "'0 of 0 aims met"),
+    ],
+)
+def test_figures_that_do_not_follow_are_refused(
+    receipt: Receipt, path: tuple[str | int, ...], value: object, said: str
+) -> None:
+    content = receipt.model_dump(mode="json")
+    fraction = content["aims"][0]
+    fraction |= {"target": fraction["measured"], "met": True}
+    met = sum(aim["met"] for aim in content["aims"])
+    content["decision"]["reason"] = f"{met} of 3 aims met; decides about no change"
+    Receipt.model_validate(content)
+    inside = content
+    for key in path[:-1]:
+        inside = inside[key]  # type: ignore[index]
+    inside[path[-1]] = value  # type: ignore[index]
+    with pytest.raises(ValidationError, match=said):
+        Receipt.model_validate(content)
+
+
+def test_a_place_that_cannot_be_written_is_told(receipt: Receipt, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
+        with pytest.raises(UserError, match="cannot write the receipt into"):
+            write_receipt(receipt, place)
+
+
+@pytest.mark.parametrize("when", ["write_text", "rename"])
+def test_a_kill_leaves_no_folder(receipt: Receipt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """What is seen at the moment of the kill, before anything is tidied up."""
+    seen: list[Path] = []
+
+    def kill(*_: object, **__: object) -> None:
+        seen.extend(tmp_path.glob("*/receipt.json"))
+        seen.extend(path for path in tmp_path.iterdir() if not path.name.startswith("."))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path if when == "write_text" else os, when, kill)
+    with pytest.raises(KeyboardInterrupt):
+        write_receipt(receipt, tmp_path)
+    assert seen == []
+    monkeypatch.undo()
+    assert write_receipt(receipt, tmp_path).is_file()
+    assert len(list(tmp_path.iterdir())) == 1

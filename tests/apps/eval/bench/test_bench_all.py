@@ -64,6 +64,17 @@ def test_one_without_a_receipt_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> 
     assert main(["all", "--quick", "--only", "ops,step"]) == 0
 
 
+@pytest.mark.parametrize("words", [["all", "--n", "3"], ["all", "--json"], ["loss-side", "--n", "3"]])
+def test_options_that_would_change_nothing_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    given = _fake(monkeypatch, {})
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert given == {}
+    assert words[1] in capsys.readouterr().err
+
+
 def test_an_unknown_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_entry(main, ["all", "--only", "ops,spe"]) == 2
     assert "unknown benchmark 'spe'" in capsys.readouterr().err

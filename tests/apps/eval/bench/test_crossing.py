@@ -92,3 +92,14 @@ def test_pairs_carry_the_machine_s_slow_phases_away() -> None:
     assert found.low is not None
     assert found.high is not None
     assert found.high / found.low < 1.1
+
+
+def test_samples_without_any_spread_have_no_interval() -> None:
+    """A clock that cannot tell them apart says nothing of how sure the crossing is; nor do ratios of one rounding."""
+    for seed, scale in ((0, 1.0), (1, 0.1)):
+        same = [LogRatio.of(s, [scale * 1.1**k] * 3, [scale] * 3) for s, k in ((4096, 1), (8192, -1))]
+        assert [(point.error, point.pairs) for point in same] == [(None, 3), (None, 3)]
+        found = Crossing.of("time", same, seed=seed)
+        assert (found.status, found.has_interval) == ("crossed", False)
+        assert "95 %" not in found.sentence()
+    assert LogRatio.of(4096, [0.3 * x for x in (1.0, 1.3, 1.7)], [1.0, 1.3, 1.7]).error is None

@@ -1,4 +1,4 @@
-"""`fathom bench crossover`, small: the budget, a receipt that cannot lie, a red gate, modelled rows, the page."""
+"""`fathom bench crossover`, small: the budget, a receipt that cannot lie, a red gate, the page."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from apps.eval.bench.budget import EXTRA_CALLS, Measured, allowance, predicted_s
 from apps.eval.bench.crossover import CrossoverReceipt, Point
 from apps.eval.bench.crossover_job import CrossoverPlan, Found
 from apps.eval.bench.model_step import How, Stepper, check_step
-from apps.eval.bench.modelled import modelled_crossings, read_modelled
 from apps.eval.bench.ops import RedGate
 from apps.eval.report.__main__ import main as report_main
-from apps.eval.report.crossover_page import crossover_page
 from libs.flags.errors import UserError, run_entry
 from libs.flags.facts import Facts
 from libs.flags.installed import install
@@ -210,9 +208,19 @@ def _mutated(content: dict[str, Any], path: tuple[Any, ...], value: object) -> s
         (("crossings", 0, "status"), "not_crossed", "its samples give"),
         (("crossings", 1, "tokens"), 1.0, "its samples give"),
         (("points", 0, "seconds"), 1.0, "states seconds"),
-        (("points", 0, "tokens_per_s"), 1e9, "states seconds"),
-        (("points", 0, "rounds"), 19, "states seconds"),
+        (("points", 0, "tokens_per_s"), 1e9, "states tokens_per_s"),
+        (("points", 0, "rounds"), 19, "states rounds"),
         (("contenders", 0, "mean_s"), 1.0, "its samples give"),
+        (("contenders", 0, "name"), "else", "there is no sample of it"),
+        (("points", 0, "seq_len"), 256, "hybrid_step_S256, twin_step_S32 missing"),
+        (("points", 0, "model"), "hybrid", "hybrid_step_S32 missing|twin_step_S32 missing"),
+        (("ratios", 0, "value"), 0.5, "ratio hybrid_over_twin_S32: states value 0.5"),
+        (("ratios", 0, "low"), 9.0, "states low 9.0"),
+        (("ratios", 0, "name"), "hybrid_over_twin", "ratios hybrid_over_twin, "),
+        (("ratios", 0, "numerator"), "twin_step_S32", "ratio hybrid_over_twin_S32: states"),
+        (("ratios", 0, "scale"), 2.0, "ratio hybrid_over_twin_S32: states"),
+        (("ratios",), [], "its points ask for hybrid_over_twin_S32"),
+        (("decision", "reason"), "faster at every length", "its samples say"),
     ],
 )
 def test_a_mutated_summary_is_refused(
@@ -223,78 +231,35 @@ def test_a_mutated_summary_is_refused(
         CrossoverReceipt.model_validate_json(_mutated(content, path, value))
 
 
+@pytest.mark.parametrize(
+    ("field", "drop", "said"),
+    [
+        ("points", "twin_step_S32", "twin_step_S32 missing"),
+        ("points", "hybrid_step_S128", "hybrid_step_S128 missing"),
+        ("contenders", "twin_step_S32", "twin_step_S32: there is no sample of it"),
+    ],
+)
+def test_a_model_that_is_missing_at_a_length_is_named(
+    monkeypatch: pytest.MonkeyPatch, field: str, drop: str, said: str
+) -> None:
+    content = json.loads(_run(monkeypatch, _found()).model_dump_json())
+    content[field] = [
+        one for one in content[field] if drop != one.get("name", f"{one.get('model')}_step_S{one.get('seq_len')}")
+    ]
+    with pytest.raises(ValidationError, match=said):
+        CrossoverReceipt.model_validate(content)
+    whole = json.loads(_run(monkeypatch, _found()).model_dump_json())
+    with pytest.raises(ValidationError, match="two points of one model"):
+        CrossoverReceipt.model_validate(whole | {"points": [*whole["points"], whole["points"][0]]})
+    only_points = whole | {"contenders": [one for one in whole["contenders"] if one["name"] != drop], "ratios": []}
+    with pytest.raises(ValidationError, match=f"{drop} missing"):
+        CrossoverReceipt.model_validate(only_points)
+
+
 def test_no_length_that_fits_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = _found()._replace(samples={}, left_out={32: "no time"})
     with pytest.raises(UserError, match="S=32: no time"):
         _run(monkeypatch, nothing)
-
-
-# What is modelled.
-
-
-def _record(recipe: str, window: int, seconds: float | None = None, **changed: Any) -> dict[str, Any]:
-    tokens = 65536
-    record = {
-        "recipe": recipe, "slice": "v6e-4", "effort": "full", "window": window, "tokens_per_step": tokens,
-        "parameters": 130_000_000, "model_flops_per_step": 1e9 * tokens,
-    }  # fmt: skip
-    if seconds is not None:
-        record |= {"modelled_seconds": seconds, "peak_bytes_per_chip": 9 * GIB,
-                   "compiled": {"modelled": {"uncounted": 2}}}  # fmt: skip
-    return record | changed
-
-
-def _files(tmp_path: Path, *records: dict[str, Any]) -> list[Path]:
-    paths = []
-    for number, record in enumerate(records):
-        paths.append(tmp_path / f"{number}.json")
-        paths[-1].write_text(json.dumps(record))
-    return paths
-
-
-def test_modelled_rows_are_labelled_and_cross_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    rows = read_modelled(
-        _files(
-            tmp_path,
-            _record("v6e_4k_hybrid", 4096, 0.3), _record("v6e_4k_dense", 4096, 0.2),
-            _record("recipes/v6e_16k_hybrid.toml", 16384, 0.2), _record("v6e_16k_dense", 16384, 0.3),
-            _record("v6e_64k_hybrid", 65536, 0.2), _record("v6e_64k_dense", 65536, does_not_fit="of memory\nmore"),
-        )
-    )  # fmt: skip
-    assert {row.label for row in rows} == {"modelled"}
-    (crossing,) = modelled_crossings(rows, seed=0)
-    assert crossing.tokens == pytest.approx(8192)
-    assert (crossing.quantity, crossing.has_interval) == ("modelled time per token on v6e-4", False)
-    (unfit,) = [row for row in rows if row.note]
-    assert (unfit.model, unfit.seconds, unfit.note) == ("twin", None, "does not fit: of memory")
-    receipt = _run(monkeypatch, _found(), rows)
-    assert receipt.crossings[-1] == crossing
-    assert {point.seq_len for point in receipt.points} == {32, 64, 128}, "nothing modelled among what is measured"
-    page = crossover_page(receipt)
-    assert page.count("MODELLED") >= 2
-    assert "Never run on such a device" in page
-
-
-@pytest.mark.parametrize(
-    ("records", "said"),
-    [
-        ([_record("v6e_4k", 4096, 1.0)], "which of the two"),
-        ([{"loss": 1}], "no record of `fathom train --aot`"),
-        ([_record("a_dense", 4096, 1.0), _record("b_dense", 4096, 2.0)], "of the same step"),
-        ([_record("a_dense", 4096, 1.0), _record("a_hybrid", 4096, 2.0, parameters=1)], "twins differ by"),
-    ],
-)
-def test_records_that_are_refused(tmp_path: Path, records: list[dict[str, Any]], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        read_modelled(_files(tmp_path, *records))
-    with pytest.raises(UserError, match="No such file"):
-        read_modelled([tmp_path / "none.json"])
-
-
-def test_quick_effort_has_no_time(tmp_path: Path) -> None:
-    (row,) = read_modelled(_files(tmp_path, _record("a_dense", 4096, 1.0, effort="quick")))
-    assert row.seconds is None
-    assert row.peak_bytes == 9 * GIB
 
 
 # The command.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,7 +89,12 @@ def test_real_runs(workplace: tuple[Path, list[str]]) -> None:
     assert settings["optim"]["lr"] == 0.02
     assert settings["model"]["pattern"] == "*-*-/*-"
     content = json.loads(path.read_bytes())
-    for field, value in (("answer", "dense_lower"), ("difference", content["difference"] | {"mean": 0.5})):
+    for field, value in (
+        ("answer", "dense_lower"),
+        ("difference", content["difference"] | {"mean": 0.5}),
+        ("decision", {"value": "record", "reason": "the hybrid has the lower loss"}),
+        ("scores", [content["scores"][0], content["scores"][0] | {"seed": 1}]),
+    ):
         with pytest.raises(ValidationError):
             LossSideReceipt.model_validate(content | {field: value})
 
@@ -112,6 +118,16 @@ def test_what_is_done_is_not_done_again(
     shutil.rmtree(root / "work" / "hybrid-seed0" / "eval")
     assert run_entry(main, words) == 0
     assert [one[0] for one in ran] == ["apps.eval"]
+    # A result of an older checkpoint, in a folder with the right name.
+    ran.clear()
+    result = root / "work" / "twin-seed0" / "eval" / "loss_by_position.json"
+    content = json.loads(result.read_bytes())
+    result.write_text(json.dumps(content | {"checkpoint": content["checkpoint"] | {"step": 3}}))
+    assert run_entry(main, words) == 0
+    assert [one[0] for one in ran] == ["apps.eval"]
+    assert "step 3, not 6): evaluated again" in capsys.readouterr().err
+    assert json.loads(result.read_bytes())["checkpoint"] == content["checkpoint"]
+    assert len(list(result.parent.glob("loss_by_position.2*.json"))) == 1
     # An attempt without an end: the log is cut off as a killed process leaves it.
     ran.clear()
     run = root / "work" / "twin-seed0"
@@ -135,6 +151,7 @@ def _trained(model: str, seed: int, **changed: Any) -> Trained:
 
         class checkpoint:
             parameters = changed.get("parameters", 1000)
+            step = changed.get("step", 6)
 
     fields = {"violations": 0, "tokens": 384, "data": "d"} | {k: v for k, v in changed.items() if k in Trained._fields}
     return Trained(model=model, seed=seed, run=f"{model}{seed}", score=Score(), step_s=1.0, threads=1, **fields)  # type: ignore[arg-type]
@@ -149,6 +166,7 @@ def _trained(model: str, seed: int, **changed: Any) -> Trained:
         ({"data": "e"}, "seed 0: training data differ"),
         ({"prompt": "q"}, "seed 0: documents scored differ"),
         ({"parameters": 1100}, "seed 0: parameters differ"),
+        ({"step": 3}, "seed 0: steps of the checkpoints scored differ"),
     ],
 )
 def test_both_models_must_have_got_the_same(
@@ -160,6 +178,59 @@ def test_both_models_must_have_got_the_same(
         monkeypatch.setattr(loss_side, "run_all", lambda *_: runs)
         with pytest.raises(RedGate, match=red):
             loss_side.run_loss_side(PLAN, tmp_path, command=["fathom"], machine="box")
+
+
+LAST = "b" * 64
+
+
+def _result(**changed: Any) -> SimpleNamespace:
+    """Of the last checkpoint of a run of PLAN, scored as planned, but for what is changed."""
+    checkpoint = {"step": PLAN.steps, "sha256": LAST} | {k: v for k, v in changed.items() if k in ("step", "sha256")}
+    config = {"split": "valid", "max_documents": PLAN.documents, "max_tokens": PLAN.max_tokens, "seed": 0}
+    config |= {k: v for k, v in changed.items() if k in config}
+    return SimpleNamespace(checkpoint=SimpleNamespace(**checkpoint), config=config)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, None),
+        ({"step": 3}, "step 3, not 6"),
+        ({"step": None}, "step None, not 6"),
+        ({"sha256": "a" * 64}, "checkpoint a"),
+        ({"split": "train"}, "split train, not valid"),
+        ({"max_documents": 2}, "max_documents 2, not 8"),
+        ({"max_documents": None}, "max_documents None, not 8"),
+        ({"max_tokens": 512}, "max_tokens 512, not 1024"),
+    ],
+)
+def test_a_result_of_something_else_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    changed: dict[str, Any], said: str | None,
+) -> None:  # fmt: skip
+    path = tmp_path / "eval" / "loss_by_position.json"
+    path.parent.mkdir()
+    path.write_text("")
+    commits = [{"event": "checkpoint.commit", "sha256": sha256} for sha256 in ("a" * 64, LAST)]
+    results, evaluated = [_result(**changed), _result()], []
+    monkeypatch.setattr(loss_side_runs, "read_events", lambda run_dir: iter(commits))
+    monkeypatch.setattr(loss_side_runs, "read_result", lambda where: results.pop(0))
+    monkeypatch.setattr(loss_side_runs, "_program", lambda module, words: evaluated.append([module, *words]))
+    assert loss_side_runs._unlike(PLAN, tmp_path, loss_side_runs._scored(PLAN, tmp_path)) == []
+    assert len(evaluated) == (0 if said is None else 1)
+    assert (said or "") in capsys.readouterr().err
+    # A new result that is no better is the run's fault.
+    if said is not None:
+        results[:] = [_result(**changed), _result(**changed)]
+        with pytest.raises(UserError, match="is no run of this plan"):
+            loss_side_runs._scored(PLAN, tmp_path)
+
+
+@pytest.mark.parametrize("missing", [("twin", 1), ("hybrid", 0)])
+def test_a_score_without_a_partner_is_told(missing: tuple[str, int]) -> None:
+    scores = [one for one in _scores([4.0, 4.1], [4.1, 4.2]) if (one.model, one.seed) != missing]
+    with pytest.raises(ValueError, match="not one score of each model"):
+        spreads_of(scores)
 
 
 @pytest.mark.usefixtures("_one_code")

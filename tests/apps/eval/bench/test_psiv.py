@@ -56,6 +56,10 @@ def test_an_experiment_cannot_pass_for_a_measurement_of_the_gate(receipt: PsivRe
     here = [{**offer, "runs_here": True, "reason": None} for offer in content["offers"]]
     with pytest.raises(ValidationError, match="the offers say that one has it"):
         PsivReceipt.model_validate(content | {"offers": here})
+    with pytest.raises(ValidationError, match="its samples say"):
+        PsivReceipt.model_validate(content | {"decision": {"value": "record", "reason": "it saves much"}})
+    with pytest.raises(ValidationError, match="1 ratios: there are two"):
+        PsivReceipt.model_validate(content | {"ratios": content["ratios"][:1]})
 
 
 def test_the_arm_with_the_stage_reads_the_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from pydantic import ValidationError
 
 from apps.eval.bench import step_memory, train_step
 from apps.eval.bench.__main__ import main
@@ -27,6 +30,16 @@ def test_every_part_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
     assert receipt.tokens_per_s == pytest.approx(48 / receipt.contender("step").mean_s)
     assert set(receipt.peak_bytes) == {"step", "step_recomputed"}
     assert len(receipt.correctness) == 6
+    content = json.loads(receipt.model_dump_json())
+    for changed, said in (
+        ({"tokens_per_s": 1e9}, "states tokens_per_s"),
+        ({"config": content["config"] | {"seq_len": 96}}, "states tokens_per_s"),
+        ({"peak_bytes": {}}, "says nothing of step, step_recomputed"),
+        ({"ratios": []}, "there is no such ratio"),
+        ({"decision": {"value": "record", "reason": "fast"}}, "its samples say"),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            StepReceipt.model_validate(content | changed)
 
 
 def test_a_wrong_step_is_red(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

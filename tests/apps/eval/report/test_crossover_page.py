@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from apps.eval.bench.crossover import CrossoverReceipt, Point, contender_name, crossings_of, ratios_of
+from apps.eval.bench.crossover import CrossoverReceipt, Point, contender_name, crossings_of, decision_of, ratios_of
 from apps.eval.bench.crossover_job import MODELS
 from apps.eval.bench.modelled import Modelled
-from apps.eval.bench.receipt import Check, Code, Decision, Hardware, LeftOut, Sampled
+from apps.eval.bench.receipt import Check, Code, Hardware, LeftOut, Sampled
 from apps.eval.report.crossover_page import crossover_page, figures
 from tests.support.browser import Browser
 
@@ -46,7 +46,7 @@ def make(ratios: dict[int, float], *, pairs: int = 3, modelled: list[Modelled] |
         ratios=ratios_of(points, contenders), memory=[], aims=[], parameters={"hybrid": 1000, "twin": 1001}, seed=0,
         points=points, crossings=crossings, modelled=modelled or [],
         left_out=[LeftOut(name="S=65536", reason="no <time>")], notes=["a note"],
-        decision=Decision(value="record", reason=crossings[0].sentence() if crossings else "one length"),
+        decision=decision_of(crossings),
     )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def modelled_rows() -> list[Modelled]:
         Modelled.model_validate({
             "slice": "v6e-4", "recipe": f"v6e_{seq_len}_{model}", "model": model, "seq_len": seq_len,
             "tokens_per_step": 65536, "parameters": 1000, "flops_per_token": 1e9, "seconds": seconds,
-            "peak_bytes": 2**33, "uncounted": 2, "note": None, "source": "x.json", "source_sha256": "0" * 64,
+            "peak_bytes": 2**33, "uncounted": 0, "note": None, "source": "x.json", "source_sha256": "0" * 64,
         })
         for (model, seq_len), seconds in times.items()
     ]  # fmt: skip

@@ -22,6 +22,7 @@ from apps.train.origins import Resolved, resolve_config, saved_layer
 from apps.train.signals import Interrupted, SignalGuard
 from libs.flags.audit import AuditLog
 from libs.flags.audit_record import Anchor, audit_path
+from libs.flags.canonical import recordable
 from libs.flags.compare import compare_for_resume
 from libs.flags.environment import Launch, fathom_variables
 from libs.flags.errors import ExitStatus, GateRefused, RunRefused, UserError
@@ -93,7 +94,7 @@ def new_identity(config: TrainConfig, recipe: str, run_dir: str | None, this: La
     """
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     suffix = _job_suffix(this) if this is not None and this.job else secrets.token_hex(3)
-    run_id = f"{stamp}-{Path(recipe).stem}-{suffix}"
+    run_id = f"{stamp}-{_stem(recipe)}-{suffix}"
     path = Path(config.log.runs_dir) / run_id if run_dir is None else Path(run_dir)
     if this is not None and this.attempt > 0 and not is_run(path):
         return Identity(path, _logged_run_id(path) or run_id, recipe)
@@ -103,6 +104,11 @@ def new_identity(config: TrainConfig, recipe: str, run_dir: str | None, this: La
     return Identity(path, run_id, recipe)
 
 
+def _stem(recipe: str) -> str:
+    """Its part of the run's name, which is in every record."""
+    return str(recordable(Path(recipe).stem))
+
+
 def _job_suffix(this: Launch) -> str:
     """The same for all processes and attempts of one torchrun job on this machine, whose agent is their parent."""
     return hashlib.sha256(f"{this.job}:{os.getppid()}".encode()).hexdigest()[:6]
@@ -110,7 +116,7 @@ def _job_suffix(this: Launch) -> str:
 
 def run_of_job(runs_dir: str, recipe: str, this: Launch) -> Path | None:
     """The directory that an earlier attempt of this torchrun job made, if it came to that."""
-    found = sorted(Path(runs_dir).glob(f"*-{Path(recipe).stem}-{_job_suffix(this)}")) if this.job else []
+    found = sorted(Path(runs_dir).glob(f"*-{_stem(recipe)}-{_job_suffix(this)}")) if this.job else []
     return found[-1] if found else None
 
 

@@ -93,8 +93,15 @@ class AppendFile:
             raise UserError(f"cannot append to {self.path}: {error.strerror}") from error
 
     def sync(self) -> None:
-        """Wait until the lines are on the disk, so that they survive the machine and not only the process."""
-        os.fsync(self._file.fileno())
+        """Wait until the lines are on the disk, so that they survive the machine and not only the process.
+
+        Raises:
+            UserError: the file system cannot say that they are.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(f"cannot bring {self.path} to the disk: {error.strerror}") from error
 
     def close(self) -> None:
         if not self._file.closed:

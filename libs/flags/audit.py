@@ -68,7 +68,11 @@ class AuditLog:
         stage: str | None = None,
         spec_hash: str | None = None,
     ) -> dict[str, Any]:
-        """Append one record and return it. Safe from several threads; not from a signal handler."""
+        """Append one record and return it. Safe from several threads; not from a signal handler.
+
+        Raises:
+            UserError: the file system refuses it, or cannot say that it is on the disk.
+        """
         assert event in AUDIT_EVENTS, event
         with self._lock:
             record: dict[str, Any] = {
@@ -89,8 +93,9 @@ class AuditLog:
             }
             record["hash"] = record_hash(record)
             self._file.write_line(canonical_json(record))
-            self._file.sync()
+            # The record is in the file, whether or not it reaches the disk: what follows must follow it.
             self._anchor = Anchor(record["hash"], self._anchor.length + 1)
+            self._file.sync()
         return record
 
     def anchor(self) -> Anchor:

@@ -148,7 +148,7 @@ def _promote(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     run = find_run(options.run)
-    reports = {rank: check_log(run, rank=rank) for rank in ranks(run) or [0]}
+    reports = {rank: check_log(run, rank=rank) for rank in ranks(run)}
     rows = [
         {
             "rank": rank,

@@ -53,6 +53,19 @@ _SECRET = re.compile(
     r"(?<![A-Za-z])(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|AUTH)(?![A-Za-z])", re.IGNORECASE
 )
 REDACTED = "[redacted]"
+# With one of these git looks at another checkout, index or store of objects than that of the folder it is run in.
+_GIT_PLACES = frozenset(
+    {
+        "GIT_ALTERNATE_OBJECT_DIRECTORIES",
+        "GIT_COMMON_DIR",
+        "GIT_DIR",
+        "GIT_INDEX_FILE",
+        "GIT_NAMESPACE",
+        "GIT_OBJECT_DIRECTORY",
+        "GIT_PREFIX",
+        "GIT_WORK_TREE",
+    }
+)
 
 
 def choose_xla_platform(platform: str, devices: int) -> None:
@@ -100,6 +113,11 @@ def child_environment(variables: Mapping[str, str]) -> dict[str, str]:
     """The environment for a child process: this one's, with exactly these FATHOM_ variables."""
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith(PREFIX)}
     return kept | dict(variables)
+
+
+def git_environment() -> dict[str, str]:
+    """The environment for git where the folder alone shall say which checkout is meant (hooks set these variables)."""
+    return {name: value for name, value in os.environ.items() if name not in _GIT_PLACES}
 
 
 def allowed_variables() -> dict[str, str]:

@@ -306,12 +306,15 @@ def _against_audit(run: Path, rank: int, attempts: Sequence[Attempt]) -> Finding
         yield Finding("anchor", 0, "the run has no audit chain")
         return
     try:
-        verdict = verify_run(run)[rank]
+        verdicts = verify_run(run)
     except UserError as error:
         yield Finding("anchor", 0, str(error))
         return
-    if verdict.status == "tampered":
-        yield Finding("anchor", 0, f"audit chain {verdict.describe()}")
+    for other, verdict in verdicts.items():
+        if other != rank and verdict.kind == "missing":  # it may have no log of its own to tell
+            yield Finding("anchor", 0, f"audit chain of rank {other} {verdict.describe()}")
+    if verdicts[rank].status == "tampered":
+        yield Finding("anchor", 0, f"audit chain {verdicts[rank].describe()}")
         return
     recorded: dict[tuple[int, str], object] = {
         (record["attempt"], record["gate"]): record["value"]

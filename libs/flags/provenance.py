@@ -11,14 +11,16 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from libs.flags.environment import REDACTED, allowed_variables, names_a_secret
+from libs.flags.environment import REDACTED, allowed_variables, git_environment, names_a_secret
 
 ROOT = Path(__file__).resolve().parents[2]
 _GIT_SECONDS = 30
+_PIECE_BYTES = 1 << 20
+_UNREADABLE = b"unreadable"
 # Receipts that were just written are results: the next benchmark's code is not changed by them.
 _RESULTS = "infra/receipts"
 
@@ -55,14 +57,20 @@ def snapshot(extra: Mapping[str, Any], *, root: Path = ROOT) -> dict[str, Any]:
 
 
 def git_state(root: Path = ROOT) -> GitState:
-    """Commit and dirtiness of the checkout at `root`. No git and no checkout are answers, not errors.
+    """Commit and dirtiness of the checkout whose top is `root`. No git and no such checkout are answers, not errors.
 
     New files among the receipts leave it clean; a changed receipt does not.
     """
     try:
+        top = Path(os.fsdecode(_git(root, "rev-parse", "--show-toplevel").removesuffix(b"\n")))
+        if top.resolve() != root.resolve():
+            return GitState(None, None, None, f"no checkout of its own: it lies in that of {top}")
         commit = _git(root, "rev-parse", "--verify", "HEAD").decode().strip()
         difference = _git(root, "diff", "--no-ext-diff", "--binary", "HEAD")
-        untracked = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", ".", f":(exclude){_RESULTS}")
+        names = _files(root, "--others", "--", ".", f":(exclude){_RESULTS}")
+        if not difference and not names:
+            return GitState(commit, False, None, None)
+        return GitState(commit, True, _dirty_hash(root, difference, names), None)
     except FileNotFoundError:
         return GitState(None, None, None, "git is not installed")
     except subprocess.TimeoutExpired:
@@ -70,10 +78,6 @@ def git_state(root: Path = ROOT) -> GitState:
     except subprocess.CalledProcessError as error:
         said = error.stderr.decode(errors="replace").strip().splitlines()
         return GitState(None, None, None, f"git: {said[0] if said else error.returncode}")
-    names = sorted(name for name in untracked.decode("utf-8", "surrogateescape").split("\0") if name)
-    if not difference and not names:
-        return GitState(commit, False, None, None)
-    return GitState(commit, True, _dirty_hash(root, difference, names), None)
 
 
 def code_version(root: Path = ROOT) -> str:
@@ -86,24 +90,49 @@ def code_version(root: Path = ROOT) -> str:
 
 def _dirty_hash(root: Path, difference: bytes, names: Sequence[str]) -> str:
     digest = hashlib.sha256(difference)
-    for name in names:
-        path = root / name
-        # A link is what it points to, and a file can vanish between the listing and here.
-        content = os.readlink(path).encode() if path.is_symlink() else _content(path)
-        digest.update(f"\0{name}\0{len(content)}\0".encode("utf-8", "surrogateescape") + content)
+    for part in _parts(root, names):
+        digest.update(part)
     return digest.hexdigest()
 
 
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b"unreadable"
+def _parts(root: Path, names: Sequence[str]) -> Iterator[bytes]:
+    """The files of these names: name, length and content of each, in pieces, since a file may be larger than memory.
+
+    A link is what it points to, a repository in here all files that it does not ignore. A file can vanish between the
+    listing and here.
+    """
+    for name in names:
+        path = root / name
+        try:
+            if path.is_symlink():
+                target = os.fsencode(os.readlink(path))
+                yield _heading(name, len(target)) + target
+            elif (path / ".git").exists():
+                yield _heading(name, 0)
+                yield from _parts(path, _files(path, "--cached", "--others"))
+            else:
+                with path.open("rb") as file:
+                    yield _heading(name, os.fstat(file.fileno()).st_size)
+                    while piece := file.read(_PIECE_BYTES):
+                        yield piece
+        except OSError:
+            yield _heading(name, len(_UNREADABLE)) + _UNREADABLE
+
+
+def _heading(name: str, length: int) -> bytes:
+    return f"\0{name}\0{length}\0".encode("utf-8", "surrogateescape")
+
+
+def _files(root: Path, *which: str) -> list[str]:
+    """The paths below `root` that git lists and does not ignore, in order."""
+    listed = _git(root, "ls-files", "-z", "--exclude-standard", *which)
+    return sorted({name for name in listed.decode("utf-8", "surrogateescape").split("\0") if name})
 
 
 def _git(root: Path, *arguments: str) -> bytes:
     command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, timeout=_GIT_SECONDS).stdout
+    done = subprocess.run(command, check=True, capture_output=True, timeout=_GIT_SECONDS, env=git_environment())
+    return done.stdout
 
 
 def package_versions() -> dict[str, str]:

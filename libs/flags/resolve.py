@@ -23,7 +23,7 @@ Catalog = Mapping[str, GateSpec]
 
 
 class _Variables(PydanticBaseSettingsSource):
-    """A settings source over a given mapping. Unknown names go through, so that the model forbids them."""
+    """A settings source over a given mapping."""
 
     def __init__(self, settings: type[BaseSettings], variables: Mapping[str, str]) -> None:
         super().__init__(settings)
@@ -82,13 +82,15 @@ def _typed(variables: Mapping[str, str], catalog: Catalog) -> tuple[dict[str, Ga
         # A retired gate answers for itself: its decision record says more than its vocabulary.
         if variables[variable] not in by_variable[variable].vocabulary():
             refusals.append(_retired(by_variable[variable], variables[variable]))
-    asked = {name: text for name, text in variables.items() if name not in retired}
+    asked = {name: text for name, text in variables.items() if name in by_variable and name not in retired}
     try:
         settings = _settings(asked, catalog)
     except ValidationError as error:
         refusals += [_refused_text(str(e["loc"][0]), asked, by_variable) for e in error.errors()]
         refused = {refusal.variable for refusal in refusals}
         settings = _settings({n: t for n, t in asked.items() if n not in refused}, catalog)
+    # Not left to the model: it cannot say which one it refused where a name is not UTF-8.
+    refusals += [_refused_text(name, variables, by_variable) for name in variables if name not in by_variable]
     values |= {name: getattr(settings, name) for name in catalog}
     return values, refusals
 

@@ -18,12 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic_core import from_json
 
 from libs.flags.append_file import AppendFile, read_lines
-from libs.flags.canonical import utc_now
+from libs.flags.canonical import encode, utc_now
 from libs.flags.errors import UserError
 from libs.flags.events import ENVELOPE_FIELDS, EVENTS, LEVELS, AnomalyGeneric, Event, Level
 
 SCHEMA = 1
 TORN_LINE = "torn_line"
+_ENCODER = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 # Events after which losing power must not lose the line.
 _SYNCED = frozenset({"run.start", "gate.refused", "checkpoint.commit", "checkpoint.restore", "run.stop"})
 
@@ -58,8 +59,8 @@ class _LineLogger:
     def __init__(self, file: AppendFile) -> None:
         self._file = file
 
-    def msg(self, line: str) -> None:
-        self._file.write_line(line.encode("ascii"))
+    def msg(self, line: bytes) -> None:
+        self._file.write_line(line)
 
     debug = info = warning = error = msg
 
@@ -70,8 +71,9 @@ def _stamp(_logger: object, method: str, fields: MutableMapping[str, Any]) -> Mu
     return {name: stamped.pop(name) for name in ENVELOPE_FIELDS} | stamped
 
 
-def _dumps(fields: object, **_ignored: object) -> str:
-    return json.dumps(fields, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+def _line(_logger: object, _method: str, fields: MutableMapping[str, Any]) -> bytes:
+    """structlog's last processor. The fields stay in their order, for people."""
+    return encode(_ENCODER, fields)
 
 
 class RunLog:
@@ -85,7 +87,7 @@ class RunLog:
         self.run_id, self.attempt, self.rank = run_id, attempt, rank
         self._logger = structlog.wrap_logger(
             _LineLogger(file),
-            processors=[_stamp, structlog.processors.JSONRenderer(serializer=_dumps)],
+            processors=[_stamp, _line],
             wrapper_class=structlog.make_filtering_bound_logger(0),
             context_class=dict,
         ).bind(run_id=run_id, attempt=attempt, rank=rank)
@@ -128,7 +130,8 @@ class RunLog:
         if step is None and event.needs_step:
             raise TypeError(f"{event.name} needs a step")
         assert level in LEVELS, level
-        payload = event.model_dump(mode="json")
+        # Fields are of JSON's types; pydantic's own JSON mode would spell names that are not UTF-8 all alike.
+        payload = event.model_dump()
         getattr(self._logger, level)(event.name, step=step, **payload)
         if event.name in _SYNCED:
             self._file.sync()

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from libs.flags.audit_record import Anchor, audit_path, read_audit
+from libs.flags.audit_record import GENESIS, Anchor, audit_path, read_audit
 from libs.flags.errors import UserError, nearest
 from libs.flags.registry import GateValue
 from libs.flags.runlog import log_path, read_events
-from libs.flags.verify import VerifyResult, verify_records
+from libs.flags.verify import Kind, VerifyResult, verify_records
 from libs.flags.witness import LogDigest, read_digest
 
 RUNS = Path("runs")
@@ -81,9 +81,9 @@ def list_runs(folder: Path) -> list[Path]:
 
 
 def ranks(run: Path) -> list[int]:
-    """Every rank that has a log or an audit chain."""
+    """Rank 0, which every run has, and every other rank that has a log or an audit chain."""
     files = [*(run / "logs").glob("rank*.jsonl"), *(run / "audit").glob("rank*.jsonl")]
-    return sorted({int(match.group(1)) for file in files if (match := _RANK_FILE.fullmatch(file.name))})
+    return sorted({0, *(int(match.group(1)) for file in files if (match := _RANK_FILE.fullmatch(file.name)))})
 
 
 def run_id(run: Path, rank: int) -> str | None:
@@ -131,18 +131,21 @@ def read_rank(run: Path, rank: int, extra: Iterable[Anchor] = ()) -> RankRecords
     anchors = [*log.anchors().values(), *((*checkpoint_anchors(run).values(), *extra) if rank == 0 else ())]
     path = audit_path(run, rank)
     verdict, records = verify_records(path, anchors, run_id=log.run_id, rank=rank)
-    if verdict.status != "tampered" and path.is_file():
-        verdict = _cut_tail(verdict, records, log) or _beyond_the_end(verdict, run, rank, log) or verdict
+    if verdict.status != "tampered":
+        verdict = _cut_tail(path, verdict, records, log) or _beyond_the_end(verdict, run, rank, log) or verdict
     return RankRecords(verdict, records, log)
 
 
-def _cut_tail(verdict: VerifyResult, records: Sequence[Mapping[str, Any]], log: LogDigest) -> VerifyResult | None:
+def _cut_tail(
+    path: Path, verdict: VerifyResult, records: Sequence[Mapping[str, Any]], log: LogDigest
+) -> VerifyResult | None:
     held = {(record["attempt"], record["event"], record["gate"]) for record in records}
     for told in log.told():
         if told not in held:
             what = f"{told.event} of gate {told.gate} in attempt {told.attempt}"
             problem = f"the run log tells of {what}, which is not among the {len(records)} records that are left"
-            return verdict._replace(status="tampered", kind="truncate", first_bad=len(records), problem=problem)
+            kind: Kind = "truncate" if path.is_file() else "missing"
+            return verdict._replace(status="tampered", kind=kind, first_bad=len(records), problem=problem)
     return None
 
 
@@ -163,9 +166,28 @@ def verify_run(run: Path, extra: Iterable[Anchor] = ()) -> dict[int, VerifyResul
         UserError: the run has no audit chain at all and nothing says that it had one.
     """
     kept = list(extra)
-    results = {rank: read_rank(run, rank, kept).verdict for rank in ranks(run)}
+    read = {rank: read_rank(run, rank, kept) for rank in ranks(run)}
+    results = {rank: found.verdict for rank, found in read.items()} | missing_ranks(run, read)
     refuse_no_chain(run, results)
-    return results
+    return dict(sorted(results.items()))
+
+
+def missing_ranks(run: Path, read: Mapping[int, RankRecords]) -> dict[int, VerifyResult]:
+    """The ranks that the logs which are left prove to have begun, and whose own chain or log is gone.
+
+    Raises:
+        UserError: a log is damaged where it says how many ranks there were.
+    """
+    world = max((found.log.world() for found in read.values()), default=0)
+    missing: dict[int, VerifyResult] = {}
+    for rank in range(world):
+        gone = [str(path) for path in (audit_path(run, rank), log_path(run, rank)) if not path.is_file()]
+        known = read.get(rank)
+        if gone and (known is None or known.verdict.status != "tampered"):
+            problem = f"no {' and no '.join(gone)}, but the run log tells of {world} ranks that all had begun theirs"
+            anchor = Anchor(GENESIS, 0) if known is None else known.verdict.anchor
+            missing[rank] = VerifyResult("tampered", anchor, 0, 0, "missing", anchor.length, problem)
+    return missing
 
 
 def refuse_no_chain(run: Path, results: Mapping[int, VerifyResult]) -> None:

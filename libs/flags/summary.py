@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from libs.flags.audit_record import audit_path
 from libs.flags.errors import UserError
 from libs.flags.registry import GateValue
-from libs.flags.runs import RankRecords, gates_of, ranks, read_rank, refuse_no_chain
+from libs.flags.runs import RankRecords, gates_of, missing_ranks, ranks, read_rank, refuse_no_chain
 from libs.flags.verify import VerifyResult
 
 Event = dict[str, Any]
@@ -107,10 +108,12 @@ class RunSummary(_Row):
 def summarise(run: Path) -> RunSummary:
     """Read and judge one run. A run that cannot be read is a summary with a problem, not an error."""
     read: dict[int, RankRecords] = {}
+    verdicts: dict[int, VerifyResult] = {}
     try:
         for rank in ranks(run):
             read[rank] = read_rank(run, rank)
-        verdicts = {rank: found.verdict for rank, found in read.items()}
+            verdicts[rank] = read[rank].verdict
+        verdicts |= missing_ranks(run, read)
         refuse_no_chain(run, verdicts)
         problem = _tampered(verdicts)
     except UserError as error:
@@ -119,7 +122,7 @@ def summarise(run: Path) -> RunSummary:
         problem = f"cannot be read: {error}"
     rank0 = read.get(0)
     events = [] if rank0 is None else rank0.log.events
-    base = {"run": run.name, "chain": _chain({rank: found.verdict for rank, found in read.items()})}
+    base = {"run": run.name, "chain": _chain(run, verdicts)}
     chain = _of_chain(run.name, rank0.records if rank0 is not None and problem is None else [])
     try:
         return RunSummary.model_validate(base | chain | _of_log(events) | {"problem": problem})
@@ -133,9 +136,9 @@ def _tampered(verdicts: Mapping[int, VerifyResult]) -> str | None:
     return "; ".join(bad) or None
 
 
-def _chain(verdicts: Mapping[int, VerifyResult]) -> str:
-    """The worst verdict of all ranks."""
-    found = {verdict.status for verdict in verdicts.values()}
+def _chain(run: Path, verdicts: Mapping[int, VerifyResult]) -> str:
+    """The worst verdict of all ranks; of one without a chain it counts only where that is tampering."""
+    found = {v.status for rank, v in verdicts.items() if v.status == "tampered" or audit_path(run, rank).is_file()}
     return next((status for status in ("tampered", "torn", "intact") if status in found), "none")
 
 

@@ -14,6 +14,7 @@ from libs.flags.runlog import decode_line, log_path
 
 # How the log spells the one event that it holds by the thousand.
 _STEP = b'"event":"train.step"'
+_MOST_RANKS = 100_000  # five digits in the names of the files
 _RECORD_OF = {"gate.refused": "refused", "gate.exposed": "exposed", "gate.changed": "change_accepted"}
 
 
@@ -65,6 +66,24 @@ class LogDigest(NamedTuple):
             except (KeyError, TypeError) as error:
                 raise UserError(f"the run log is damaged at {name}: {error!r}; see `fathom log check`") from error
         return found
+
+    def world(self) -> int:
+        """How many ranks have surely begun records of their own: those of the largest attempt that opened its data.
+
+        No rank comes that far before all have opened log and chain; an attempt that died earlier proves nothing.
+
+        Raises:
+            UserError: run.start does not say how many there are.
+        """
+        size, most = 0, 0
+        for event in self.events:
+            if event.get("event") == "run.start":
+                size = event.get("world_size", 0)
+                if not isinstance(size, int) or size not in range(_MOST_RANKS + 1):
+                    raise UserError(f"the run log is damaged: run.start of {size!r} ranks; see `fathom log check`")
+            elif event.get("event") == "data.fingerprint":
+                most = max(most, size)
+        return most
 
     def end(self) -> Anchor | None:
         """The chain's head when the last attempt stopped; None while one goes on, or when the log does not say."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from apps.train import evaluate, loop, save, snapshot, start, step, writer
+from libs.flags.logcheck import check_log
 from libs.flags.runlog import read_events
+from libs.flags.runs import verify_run
 from libs.flags.verify import verify_chain
 
 Train = Callable[..., int]
@@ -221,3 +224,16 @@ def test_loop_uses_the_functions_the_tests_interrupt() -> None:
     assert loop.CheckpointWriter is writer.CheckpointWriter
     assert writer.save_checkpoint is save.save_checkpoint
     assert loop.validate is evaluate.validate
+
+
+def test_a_run_with_paths_that_are_not_utf8_goes_on(train: Train, recipe: Path, corpus: Path, tmp_path: Path) -> None:
+    """Their bytes stay in config.json; the records hold them spelled out, and every reader takes them."""
+    data, named, run = tmp_path / "caf\udce9", tmp_path / "t\udce9.toml", tmp_path / "run"
+    shutil.copytree(corpus, data)
+    shutil.copy(recipe, named)
+    assert train("--recipe", named, "--data.dir", data, "--train.stop_after", 2, "--run-dir", run) == 75
+    assert train("--resume", run) == 0
+    fingerprints = [event["data_dir"] for event in read_events(run) if event["event"] == "data.fingerprint"]
+    assert fingerprints == [str(tmp_path / "caf\\udce9")] * 2
+    assert verify_run(run)[0].status == "intact"
+    assert check_log(run).violations == ()

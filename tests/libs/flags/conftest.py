@@ -105,7 +105,7 @@ def train_step_fixture() -> Callable[..., TrainStep]:
 
 @pytest.fixture
 def write_run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """write(folder, environ, catalog, steps=, stop=, rank=): one attempt of a run, as an app writes it."""
+    """write(folder, environ, catalog, steps=, stop=, rank=, world_size=): one attempt of a run, as an app writes it."""
 
     def write(
         folder: Path,
@@ -115,6 +115,7 @@ def write_run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
         steps: int = 3,
         stop: bool = True,
         rank: int = 0,
+        world_size: int = 1,
     ) -> Path:
         monkeypatch.setattr(installed, "_PROCESS", GateState())
         attempt = next_attempt(folder, rank=rank)
@@ -124,11 +125,11 @@ def write_run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
             try:
                 gates = resolve(environ or {}, Facts(), catalog) if catalog else resolve(environ or {}, Facts())
             except GateRefused as error:
-                log.emit(_start(None))
+                log.emit(_start(None, world_size))
                 record_refusals(error, audit, log)
                 _stop(log, audit, "refused", ExitStatus.GATE_REFUSED)
                 return folder
-            log.emit(_start(gates.hash))
+            log.emit(_start(gates.hash, world_size))
             log.emit(ConfigResolved(config={"optim": {"lr": 1e-3}}, origins={"optim.lr": "default"}))
             install(gates, audit, log)
             log.emit(EnvSnapshot.model_validate(snapshot({"device": "cpu"})))
@@ -150,9 +151,9 @@ def write_run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     return write
 
 
-def _start(gates_hash: str | None) -> RunStart:
+def _start(gates_hash: str | None, world_size: int) -> RunStart:
     command = ["fathom", "train"]
-    return RunStart(command=command, recipe=None, config_hash="c", gates_hash=gates_hash, world_size=1)
+    return RunStart(command=command, recipe=None, config_hash="c", gates_hash=gates_hash, world_size=world_size)
 
 
 def _stop(log: RunLog, audit: AuditLog, status: str, code: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -173,6 +175,26 @@ def test_a_full_disk_is_the_users_error_and_leaves_whole_lines(tmp_path: Path) -
     assert "cannot append" in done.stderr
     assert verify_chain(path).status == "intact"
     assert len(read_audit(path)) == 1
+
+
+def test_a_record_that_may_not_be_on_the_disk_is_followed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsync fails once: the user's error, and neither the anchor nor the next record calls the chain tampered with."""
+
+    def failing(_file: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = tmp_path / "a.jsonl"
+    log = _fill(path, 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", failing)
+        with pytest.raises(UserError, match=r"cannot bring .*a\.jsonl to the disk"):
+            log.record("off", gate="g", reason="r", source="s")
+    assert log.anchor().length == len(read_audit(path)) == 2
+    log.record("off", gate="g", reason="r", source="s")
+    result = verify_chain(path, [log.anchor()])
+    assert (result.status, result.anchor.length) == ("intact", 3)
 
 
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:

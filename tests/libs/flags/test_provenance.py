@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -53,6 +54,68 @@ def test_the_dirty_hash_follows_the_changes(checkout: Path) -> None:
     seen.add(git_state(checkout).dirty_hash)
     assert len(seen) == 5
     assert None not in seen
+
+
+def test_the_dirty_hash_is_over_difference_names_lengths_and_contents(checkout: Path) -> None:
+    """By hand, so that the hash of the same changes stays what receipts have; files larger than a piece included."""
+    (checkout / "a.txt").write_text("two\n")
+    big = bytes(range(256)) * (2 * provenance._PIECE_BYTES // 256) + b"end"
+    for name, content in (("b\udce9", big), ("new file.txt", b"x")):
+        (checkout / name).write_bytes(content)
+    (checkout / "link").symlink_to("b\udce9")
+    command = ["git", "-C", str(checkout), "diff", "--no-ext-diff", "--binary", "HEAD"]
+    by_hand = hashlib.sha256(subprocess.run(command, check=True, capture_output=True).stdout)
+    for named, content in ((b"b\xe9", big), (b"link", b"b\xe9"), (b"new file.txt", b"x")):
+        by_hand.update(b"\0" + named + b"\0" + str(len(content)).encode() + b"\0" + content)
+    assert git_state(checkout).dirty_hash == by_hand.hexdigest()
+
+
+def test_a_repository_inside_counts_with_its_contents(checkout: Path) -> None:
+    """Whether it has commits or not, and that of another one inside it; what it ignores does not count."""
+    inner = checkout / "inner"
+    deeper = inner / "deeper"
+    deeper.mkdir(parents=True)
+    git(inner, "init", "-q")
+    (inner / ".gitignore").write_text("ignored\n")
+    git(inner, "add", ".")
+    git(inner, "commit", "-qm", "first")
+    git(deeper, "init", "-q")
+    seen = {git_state(checkout).dirty_hash}
+    for path, text in (("code.py", "1"), ("code.py", "2"), ("deeper/code.py", "1"), ("deeper/code.py", "2")):
+        (inner / path).write_text(text)
+        seen.add(git_state(checkout).dirty_hash)
+    git(inner, "add", "code.py")
+    (inner / "code.py").write_text("3")
+    seen.add(git_state(checkout).dirty_hash)
+    assert len(seen) == 6
+    assert None not in seen
+    (inner / "ignored").write_text("x")
+    assert git_state(checkout).dirty_hash in seen
+
+
+def test_the_commit_of_another_repository_is_no_answer(checkout: Path, tmp_path: Path) -> None:
+    """As of a package installed inside someone's checkout, in a folder that this one ignores."""
+    installed = checkout / "ignored" / "site-packages"
+    installed.mkdir(parents=True)
+    assert git_state(checkout).dirty is False
+    state = git_state(installed)
+    assert state[:3] == (None, None, None)
+    assert f"it lies in that of {checkout}" in str(state.reason)
+
+
+@pytest.mark.parametrize("name", ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"])
+def test_git_is_asked_about_the_folder_and_nothing_else(
+    checkout: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Hooks set these variables, and whoever runs one of ours from a hook gets them."""
+    other = tmp_path_factory.mktemp("other")
+    git(other, "init", "-q")
+    git(other, "commit", "-q", "--allow-empty", "-m", "another one")
+    expected = git_state(checkout)
+    place = {"GIT_DIR": other / ".git", "GIT_WORK_TREE": other, "GIT_INDEX_FILE": other / ".git" / "index"}
+    monkeypatch.setenv(name, str(place[name]))
+    assert git_state(checkout) == expected
+    assert expected.dirty is False
 
 
 def test_new_receipts_are_results_and_changed_ones_are_changes(checkout: Path) -> None:

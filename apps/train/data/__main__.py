@@ -103,8 +103,8 @@ def _build(arguments: argparse.Namespace) -> int:
             force=arguments.force,
             quiet=arguments.quiet,
         )
-    except KeyboardInterrupt:
-        print(f"interrupted: {arguments.out} is as it was", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {str(interrupt) or f'{arguments.out} is as it was'}", file=sys.stderr)
         return _INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -25,11 +25,10 @@ from apps.train.data.material import Material, chance
 from apps.train.data.options import PIPELINE_VERSION, BuildOptions
 from apps.train.data.overlap import overlap
 from apps.train.data.progress import Steps
-from apps.train.data.publish import found_build, written_aside
+from apps.train.data.publish import DATA_NAMES, found_build, written_aside
 from apps.train.data.source import Corpus, discover
 from libs.flags.errors import UserError
 from libs.model.text.manifest import (
-    DOCUMENTS_NAME,
     FORMAT_VERSION,
     SPLITS,
     TOKENIZER_NAME,
@@ -67,7 +66,6 @@ class _Plan(NamedTuple):
     """All that decides what is written."""
 
     options: BuildOptions
-    corpus: Corpus
     key: str
     split: Split
     sides: dict[str, list[_File]]
@@ -101,6 +99,8 @@ def build(
         key = _build_key(options, corpus, readable, drops)
         there = found_build(out, key, force=force)
         if there is not None:
+            for name, stats in there.splits.items():
+                _require_window(name, stats.tokens, window)
             return Built(there, True)
         files = _corpus_files(options, corpus, readable, drops, workers, steps)
         split = hold_out([f.kept for f in files], [f.analysis.parsed for f in files], options)
@@ -109,7 +109,7 @@ def build(
             "valid": [file for file in files if file.kept.source.path in split.valid],
         }
         tokenizer = _tokenizer(options, sides["train"], steps)
-        plan = _Plan(options, corpus, key, split, sides, tokenizer, drops)
+        plan = _Plan(options, key, split, sides, tokenizer, drops)
         with written_aside(out) as aside:
             manifest = _write(aside, plan, window, steps)
     return Built(manifest, False)
@@ -160,15 +160,14 @@ def _write(aside: Path, plan: _Plan, window: int, steps: Steps) -> Manifest:
     """Write every file of the directory; the manifest last."""
     plan.tokenizer.save(aside / TOKENIZER_NAME)
     splits, graphs = _write_splits(aside, plan, window, steps)
-    names = [f"{name}{suffix}" for name in SPLITS for suffix in (".bin", ".idx")]
-    digests = {name: digest_file(aside / name) for name in (*names, TOKENIZER_NAME, DOCUMENTS_NAME)}
+    digests = {name: digest_file(aside / name) for name in DATA_NAMES}
     train, valid = plan.sides["train"], plan.sides["valid"]
     described = plan.options.canonical()
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         build_key=plan.key,
         fingerprint=fingerprint_of(digests),
-        source=plan.corpus.name,
+        source=str(described["source"]),
         options=described,
         versions=_versions(),
         tokenizer=TokenizerInfo(
@@ -197,7 +196,7 @@ def _write_splits(
     aside: Path, plan: _Plan, window: int, steps: Steps
 ) -> tuple[dict[str, SplitStats], dict[str, CallGraphStats]]:
     """Documents of both splits; what was written and how calls resolved."""
-    # Imports megatron, seconds that a build which is up to date has no use for.
+    # Imports megatron, seconds that a source which is refused has no use for.
     with held_back():
         from apps.train.data.store import store
 
@@ -213,12 +212,16 @@ def _write_splits(
         material = Material(graph, texts, [file.licence for file in files], plan.tokenizer, advance)
         splits[name] = store(aside, name, material, plan.options, size)
         graphs[name] = graph.stats
-        if splits[name].tokens < window:
-            raise UserError(
-                f"corpus too small: split {name!r} has {splits[name].tokens} tokens, less than one window of "
-                f"{window}; give more source text or a smaller --window"
-            )
+        _require_window(name, splits[name].tokens, window)
     return splits, graphs
+
+
+def _require_window(split: str, tokens: int, window: int) -> None:
+    if tokens < window:
+        raise UserError(
+            f"corpus too small: split {split!r} has {tokens} tokens, less than one window of "
+            f"{window}; give more source text or a smaller --window"
+        )
 
 
 def _packages(sides: dict[str, list[_File]]) -> dict[str, PackageStats]:

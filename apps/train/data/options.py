@@ -5,6 +5,7 @@ For the command line and for tests that build. Not for what was built (see `libs
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,7 +15,7 @@ from libs.flags.errors import UserError
 
 INSTALLED = "installed"
 # Raised whenever the same source and options would give other documents.
-PIPELINE_VERSION = 1
+PIPELINE_VERSION = 2
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -71,7 +72,8 @@ class BuildOptions(BaseModel):
     @field_validator("tokenizer")
     @classmethod
     def _known_tokenizer(cls, value: str) -> str:
-        if value.startswith("bpe:") and not value.removeprefix("bpe:").isdigit():
+        # Seven digits: more than any corpus fills, and a size that the trainer can still allocate.
+        if value.startswith("bpe:") and not re.fullmatch(r"bpe:[0-9]{1,7}", value):
             raise ValueError("use bpe:SIZE (as bpe:4096), bytes, or the path of a tokenizer.json")
         return value
 
@@ -94,10 +96,15 @@ class BuildOptions(BaseModel):
         """For build key and manifest: no machine's paths, only the source's own name."""
         values = self.model_dump(mode="json")
         directory = self.source_dir
-        values["source"] = INSTALLED if directory is None else directory.resolve().name
+        values["source"] = INSTALLED if directory is None else _name(directory.resolve())
         if self.tokenizer_path is not None:
-            values["tokenizer"] = self.tokenizer_path.name
+            values["tokenizer"] = _name(self.tokenizer_path)
         return values
+
+
+def _name(path: Path) -> str:
+    """The last part of `path`, as UTF-8 can hold it: a manifest with anything else could not be read again."""
+    return path.name.encode("utf-8", "replace").decode()
 
 
 def validated(model: type[M], values: dict[str, Any], where: str) -> M:

@@ -27,7 +27,7 @@ _QUERY = tree_sitter.Query(
     (struct_specifier name: (_) body: (_)) @class
     """,
 )
-_NAME = re.compile(rb"~?[A-Za-z_]\w*(?:::~?[A-Za-z_]\w*)*$|(?:[A-Za-z_]\w*::)*operator\W{1,3}$")
+_NAME = re.compile(rb"~?[A-Za-z_]\w*(?:::~?[A-Za-z_]\w*)*$|(?:[A-Za-z_]\w*::)*operator[!-/:-@\[-^`{-~]{1,3}$")
 _ANGLES = re.compile(rb"<[^<>]*>")
 _MAX_COMMENT_LINES = 60
 # `class TORCH_API Name` and `CUTLASS_DEVICE int f()`: attributes hidden in macros, which derail the parser.
@@ -242,7 +242,10 @@ def _text_start(text: bytes, start: int) -> int:
             begin = above
         elif content.endswith(b"*/"):
             opening = text.rfind(b"/*", 0, begin)
-            begin = text.rfind(b"\n", 0, max(opening, 0)) + 1
+            first = text.rfind(b"\n", 0, max(opening, 0)) + 1
+            # Not a line of code that ends in a comment, nor one that ends in `// ... */`.
+            if not text[first:opening].strip() and text.count(b"*/", opening, begin) == 1:
+                begin = first
             break
         else:
             break

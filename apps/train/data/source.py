@@ -89,14 +89,13 @@ class Corpus(NamedTuple):
 
     files: list[SourceFile]
     licences: dict[str, str]
-    name: str
 
 
 def discover(directory: Path | None, layout: str) -> Corpus:
     """Candidates of `directory`, or of the installed packages when it is None.
 
     Raises:
-        UserError: unreadable or empty directory, no C++ file in it.
+        UserError: unreadable or empty directory, no C++ file in it, or two that would have one path.
     """
     corpus = _installed() if directory is None else _checkout(directory, layout)
     if not corpus.files:
@@ -120,7 +119,7 @@ def _installed() -> Corpus:
             licence = declared if package == name else licence
             if licence is not None:
                 licences.setdefault(package, licence)
-    return Corpus(list(files.values()), licences, "installed")
+    return Corpus(list(files.values()), licences)
 
 
 def _recorded(distribution: importlib.metadata.Distribution) -> Iterator[str]:
@@ -174,14 +173,19 @@ def _checkout(directory: Path, layout: str) -> Corpus:
     folders = {path.parts[0] for path in found if len(path.parts) > 1}
     top = [entry.name.lower() for entry in entries] + [path.name for path in found if len(path.parts) == 1]
     many = layout == "repositories" or (layout == "auto" and _holds_repositories(top, folders))
-    files: list[SourceFile] = []
+    files: dict[str, SourceFile] = {}
     for path in found:
         inner = many and len(path.parts) > 1
         shown = path.as_posix() if inner else f"{own}/{path.as_posix()}"
-        files.append(SourceFile(shown, path.parts[0] if inner else own, directory / path))
+        if shown in files:
+            raise UserError(
+                f"--source {directory}: {files[shown].location} and {directory / path} would both be called {shown}; "
+                f"rename one, or give --layout repository"
+            )
+        files[shown] = SourceFile(shown, path.parts[0] if inner else own, directory / path)
     roots = {own: directory, **({name: directory / name for name in folders} if many else {})}
     licences = {name: text for name, root in roots.items() if (text := _licence_text(root)) is not None}
-    return Corpus(files, licences, own)
+    return Corpus(list(files.values()), licences)
 
 
 def _holds_repositories(top: list[str], folders: set[str]) -> bool:

@@ -195,20 +195,6 @@ def test_building_again_is_up_to_date_and_another_build_needs_force(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_place_that_is_not_ours_is_never_replaced(
-    repositories: Path, tmp_path: Path, build: Fathom, capsys: Shown
-) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    (tmp_path / "file").write_text("x")
-    for out in ("mine", "file"):
-        assert build(repositories, tmp_path / out, "--force") == 2
-    assert "choose another directory" in capsys.readouterr().err
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
-    (tmp_path / "empty").mkdir()
-    assert build(repositories, tmp_path / "empty") == 0
-
-
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("there", [False, True])
 def test_a_failure_half_way_leaves_things_as_they_were(
@@ -279,6 +265,9 @@ def test_unusable_sources(tmp_path: Path, fathom_data: Fathom, capsys: Shown, ca
     ("words", "message"),
     [
         (["--tokenizer", "bpe:many"], "bpe:SIZE"),
+        (["--tokenizer", "bpe:²"], "bpe:SIZE"),
+        (["--tokenizer", "bpe:" + "9" * 5000], "bpe:SIZE"),
+        (["--tokenizer", "bpe:99999999999999999999"], "bpe:SIZE"),
         (["--tokenizer", "nowhere.json"], "cannot read a tokenizer"),
         (["--tokenizer", "bpe:100"], "more than 272"),
         (["--mix", "file=1,graph=2"], "unknown kind of document 'graph'"),

@@ -131,3 +131,26 @@ def test_the_order_of_chained_calls_and_includes_is_that_of_the_text() -> None:
     (parsed,) = results
     assert parsed.includes == ("z.h", "a.h", "m.h")
     assert [call.name for call in parsed.functions[0].calls] == ["a", "b", "c", "d", "e", "g"]
+
+
+def test_operators_are_spelled_in_ascii() -> None:
+    for text in ("int operator中(int a) { return a; }", "int f(int x) { return operatoré(x) + operator\xa0(x); }"):
+        assert [f.calls for f in parse(text.encode()).functions if f.name != "f"] == []
+    assert [f.name for f in parse(b"S operator+(S a, S b) { return a; }").functions] == ["operator+"]
+
+
+@pytest.mark.parametrize(
+    ("above", "taken"),
+    [
+        (b"int a; /* x */\n", b""),
+        (b"/* w */\nint a; // x */\n", b""),
+        (b"#endif /* X */\n", b""),
+        (b"int a;\n  /* x */\n", b"  /* x */\n"),
+        (b"int a;\n/** x\n * y */\n", b"/** x\n * y */\n"),
+        (b"int a; /* x */\n// y\n", b"// y\n"),
+    ],
+)
+def test_only_a_comment_of_its_own_goes_with_a_function(above: bytes, taken: bytes) -> None:
+    code = b"int f() { return 1; }"
+    (function,) = parse(above + code).functions
+    assert (above + code)[function.start : function.end] == taken + code

@@ -71,3 +71,13 @@ def test_what_cannot_be_a_source_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             discover(tmp_path / name, "auto")
+
+
+def test_two_files_never_share_a_path(tmp_path: Path) -> None:
+    root = lay(tmp_path / "foo", "x.h", "foo/y.h", "bar/z.h")
+    ordinary = {"foo/x.h": "foo", "foo/y.h": "foo", "bar/z.h": "bar"}
+    assert packages(root, "repositories") == ordinary
+    lay(root, "foo/x.h")
+    with pytest.raises(UserError, match=r"foo/x\.h and .*foo/foo/x\.h would both be called foo/x\.h"):
+        discover(root, "repositories")
+    assert set(packages(root, "repository")) == {"foo/x.h", "foo/foo/x.h", "foo/foo/y.h", "foo/bar/z.h"}

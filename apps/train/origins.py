@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from apps.train.config import TrainConfig
-from libs.flags.canonical import recordable
+from libs.flags.canonical import printable
 from libs.flags.environment import CONFIG_PREFIX
 from libs.flags.errors import UserError, nearest
 from libs.model.presets import PRESETS, preset
@@ -179,7 +179,7 @@ def _parse(key: str, field: Any, setting: Setting) -> object:
     adapter: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation())
     try:
         # Text that is not UTF-8 (a path), from the file of a run that is resumed, is none of pydantic's JSON.
-        if setting.text or (isinstance(setting.value, str) and recordable(setting.value) != setting.value):
+        if setting.text or (isinstance(setting.value, str) and printable(setting.value) != setting.value):
             return adapter.validate_python(_from_text(setting.value, field.annotation))
         return adapter.validate_json(json.dumps(setting.value, default=str), strict=True)
     except ValidationError as error:

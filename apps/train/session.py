@@ -22,7 +22,7 @@ from apps.train.origins import Resolved, resolve_config, saved_layer
 from apps.train.signals import Interrupted, SignalGuard
 from libs.flags.audit import AuditLog
 from libs.flags.audit_record import Anchor, audit_path
-from libs.flags.canonical import recordable
+from libs.flags.canonical import printable
 from libs.flags.compare import compare_for_resume
 from libs.flags.environment import Launch, fathom_variables
 from libs.flags.errors import ExitStatus, GateRefused, RunRefused, UserError
@@ -106,7 +106,7 @@ def new_identity(config: TrainConfig, recipe: str, run_dir: str | None, this: La
 
 def _stem(recipe: str) -> str:
     """Its part of the run's name, which is in every record."""
-    return str(recordable(Path(recipe).stem))
+    return printable(Path(recipe).stem)
 
 
 def _job_suffix(this: Launch) -> str:

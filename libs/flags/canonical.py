@@ -16,6 +16,11 @@ _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=
 _SURROGATE = "\\ud"
 
 
+def printable(text: str) -> str:
+    """`text` in UTF-8 whatever it is: a byte that is not, say b"\\xe9" in a file's name, shows as \\udce9."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def recordable(value: Any) -> Any:
     """`value` (text, or JSON of it) as a record can hold it: a lone surrogate becomes the six characters "\\udcff".
 
@@ -23,7 +28,7 @@ def recordable(value: Any) -> Any:
     for it: written as it is, the line could never be read again.
     """
     if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
+        return printable(value)
     if isinstance(value, dict):
         return {recordable(name): recordable(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):

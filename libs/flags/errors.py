@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -58,6 +59,15 @@ class UserError(ValueError):
         close = nearest(name, names)
         hint = f"; did you mean {close!r}?" if close is not None else ""
         return cls(f"unknown {kind} {name!r}{hint} (known: {', '.join(names) or 'none'})")
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Around what reads files, or over a function that does: a refusal of the system names the file, as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or 'a file'}: {error.strerror}") from error
 
 
 class Refusal(NamedTuple):

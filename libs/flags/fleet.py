@@ -71,14 +71,17 @@ def differences(run_a: Path, run_b: Path) -> list[Difference]:
     """Code, machine, data, packages, gates, config, and how far and how well the runs came; in this order.
 
     Raises:
-        UserError: a chain that is not to be believed: what it says of gates would be compared.
+        UserError: a chain that is not to be believed: what it says of gates would be compared; or a damaged log.
     """
     sides = []
     for run in (run_a, run_b):
         summary = summarise(run)
         if summary.problem is not None:
             raise UserError(f"{run}: {summary.problem}")
-        sides.append(dict(_aspects(summary, read_digest(run).events)))
+        try:
+            sides.append(dict(_aspects(summary, read_digest(run).events)))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{run}: the run log is damaged ({error!r}); see `fathom log check`") from error
     left, right = sides
     names = dict.fromkeys([*left, *right])
     rows = (Difference(name, left.get(name, _ABSENT), right.get(name, _ABSENT)) for name in names)
@@ -95,9 +98,9 @@ def _aspects(summary: RunSummary, events: Sequence[Mapping[str, Any]]) -> Iterat
     yield "world_size", _text(summary.world_size)
     yield "data", _text(last("data.fingerprint").get("fingerprint"))
     for name, version in environment.get("packages", {}).items():
-        yield f"package {name}", version
+        yield f"package {name}", _text(version)
     for name, value in environment.get("variables", {}).items():
-        yield f"variable {name}", value
+        yield f"variable {name}", _text(value)
     for gate, entries in summary.gates.items():
         yield f"gate {gate}", "; ".join(f"{e.outcome} ({_text(e.value)})" for e in entries)
     trained = [event for event in events if event.get("event") == "config.resolved" and "optim" in event["config"]]

@@ -15,7 +15,7 @@ from libs.flags import fleet_views
 from libs.flags.errors import ExitStatus
 from libs.flags.fleet import OUTCOMES, STATUSES, Query, differences
 from libs.flags.index import RunIndex
-from libs.flags.runs import RUNS, find_run
+from libs.flags.runs import RUNS, find_run, name_of
 from libs.flags.summary import RunSummary, summarise
 
 Handler = Callable[[argparse.Namespace], int]
@@ -78,7 +78,7 @@ def _diff(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([row._asdict() for row in rows], indent=1))
     else:
-        fleet_views.diff(a.name, b.name, rows)
+        fleet_views.diff(name_of(a), name_of(b), rows)
     return ExitStatus.OK
 
 

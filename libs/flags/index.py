@@ -9,17 +9,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
 
+from libs.flags.audit_record import audit_path
 from libs.flags.canonical import sha256_hex
-from libs.flags.errors import UserError
-from libs.flags.runs import list_runs
+from libs.flags.errors import UserError, reading
+from libs.flags.runlog import log_path
+from libs.flags.runs import list_runs, name_of
 from libs.flags.summary import RunSummary, summarise
 
 FILE_NAME = ".fathom-index.sqlite"
@@ -29,23 +32,33 @@ _EDGE_BYTES = 4096
 _MANY = 1000  # runs to read
 _MOST_WORKERS = 8
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH)
-_UNWRITABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_FULL)
-# The views are for people with `sqlite3 FILE`; the columns of a run are in its summary, as JSON.
-_SCHEMA = """
+_UNWRITABLE = (
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,  # a limit on the size of files, a disk that fails
+    sqlite3.SQLITE_PROTOCOL,  # a file system whose locks do not work
+    sqlite3.SQLITE_NOLFS,
+)
+_TABLES = """
 CREATE TABLE IF NOT EXISTS made_by (code TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS runs (
   run TEXT PRIMARY KEY, files TEXT NOT NULL, summary TEXT NOT NULL, digest TEXT NOT NULL);
-CREATE VIEW IF NOT EXISTS gates AS SELECT runs.run AS run, gate.key AS gate,
+"""
+# For people with `sqlite3 FILE`; the columns of a run are in its summary, as JSON.
+_VIEWS = {
+    "gates": """SELECT runs.run AS run, gate.key AS gate,
   json_extract(entry.value, '$.outcome') AS outcome, json_extract(entry.value, '$.value') AS value,
   json_extract(entry.value, '$.exposed') AS exposed, json_extract(entry.value, '$.attempts') AS attempts
-  FROM runs, json_each(runs.summary, '$.gates') AS gate, json_each(gate.value) AS entry;
-CREATE VIEW IF NOT EXISTS refusals AS SELECT runs.run AS run, json_extract(row.value, '$.variable') AS variable,
+  FROM runs, json_each(runs.summary, '$.gates') AS gate, json_each(gate.value) AS entry""",
+    "refusals": """SELECT runs.run AS run, json_extract(row.value, '$.variable') AS variable,
   json_extract(row.value, '$.value') AS value, json_extract(row.value, '$.why') AS why
-  FROM runs, json_each(runs.summary, '$.refusals') AS row;
-CREATE VIEW IF NOT EXISTS changes AS SELECT runs.run AS run, json_extract(row.value, '$.gate') AS gate,
+  FROM runs, json_each(runs.summary, '$.refusals') AS row""",
+    "changes": """SELECT runs.run AS run, json_extract(row.value, '$.gate') AS gate,
   json_extract(row.value, '$.new') AS new, json_extract(row.value, '$.note') AS note
-  FROM runs, json_each(runs.summary, '$.changes') AS row;
-"""
+  FROM runs, json_each(runs.summary, '$.changes') AS row""",
+}
 
 
 class Refreshed(NamedTuple):
@@ -71,10 +84,13 @@ class RunIndex:
         """The index of `folder`, up to date. stored: keep it in the folder; otherwise in memory, writing nothing.
 
         Raises:
-            UserError: no such folder, or another process has been writing the index for a minute.
+            UserError: no such folder, or it is a run; or another process has been writing the index for a minute.
         """
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a directory of runs")
+        with reading():
+            if not folder.is_dir():
+                raise UserError(f"{folder} is not a directory of runs")
+            if log_path(folder).is_file() or audit_path(folder).is_file():
+                raise UserError(f"{folder} is a run: give the folder it lies in, or see `fathom runs show {folder}`")
         path = folder / FILE_NAME
         notes: list[str] = []
         if rebuild and stored:
@@ -106,17 +122,17 @@ class RunIndex:
         stale: dict[Path, str] = {}
         kept = 0
         for run in list_runs(self.folder):
-            files = files_of(run)
-            if held.pop(run.name, None) == files and self._files.get(run.name) == files:
+            files, name = files_of(run), name_of(run)
+            if held.pop(name, None) == files and self._files.get(name) == files:
                 kept += 1
             else:
                 stale[run] = files  # taken before the run is read: what it writes meanwhile is seen next time
         with self._database as database:
             for (run, files), summary in zip(stale.items(), _summaries(list(stale)), strict=True):
-                text = summary.model_dump_json()
-                row = (run.name, files, text, _digest(run.name, files, text))
+                name, text = name_of(run), summary.model_dump_json()
+                row = (name, files, text, _digest(name, files, text))
                 database.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)", row)
-                self._summaries[run.name], self._files[run.name] = summary, files
+                self._summaries[name], self._files[name] = summary, files
             database.executemany("DELETE FROM runs WHERE run = ?", [(name,) for name in held])
         for name in held:
             self._summaries.pop(name, None)
@@ -129,13 +145,16 @@ class RunIndex:
             if database.execute("SELECT code FROM made_by").fetchall() != [(_code(),)]:
                 database.execute("DELETE FROM made_by")
                 database.execute("DELETE FROM runs")
+                for name, query in _VIEWS.items():
+                    database.execute(f"DROP VIEW IF EXISTS {name}")
+                    database.execute(f"CREATE VIEW {name} AS {query}")
                 database.execute("INSERT INTO made_by VALUES (?)", (_code(),))
         held: dict[str, str] = dict(self._database.execute("SELECT run, files FROM runs"))
         if all(self._files.get(run) == files for run, files in held.items()):
             return held
         for run, files, text, digest in self._database.execute("SELECT run, files, summary, digest FROM runs"):
             if _digest(run, files, text) != digest:
-                self.notes.append(f"the row of {run} in the index had been changed: read anew")
+                self.notes.append(f"the row of {run} in the index had been changed, or is another version's: read anew")
                 continue
             try:
                 self._summaries[run], self._files[run] = RunSummary.model_validate_json(text), files
@@ -165,7 +184,7 @@ def _summaries(runs: Sequence[Path]) -> Iterator[RunSummary]:
 def _connect(place: str) -> sqlite3.Connection:
     database = sqlite3.connect(place, timeout=_LOCK_SECONDS)
     try:
-        database.executescript(_SCHEMA)
+        database.executescript(_TABLES)
         broken = database.execute("PRAGMA quick_check(1)").fetchone()[0]
         if broken != "ok":
             error = sqlite3.DatabaseError(broken)
@@ -214,44 +233,58 @@ def files_of(run: Path) -> str:
 
 
 def _marks(run: Path) -> Iterator[str]:
-    for folder in ("audit", "logs"):
-        for entry in _sorted(run / folder):
-            whole = folder == "audit"
-            yield f"{folder}/{entry.name} {_times(entry.stat())} {_content(Path(entry.path), whole=whole)}"
-    for entry in _sorted(run / "checkpoints"):
-        for name in ("trainer.json", "COMMITTED"):
-            try:
-                yield f"{entry.name}/{name} {_times(os.stat(os.path.join(entry.path, name)))}"
-            except (FileNotFoundError, NotADirectoryError):
-                continue
+    yield from _each(run / "audit", partial(_file, whole=True))
+    yield from _each(run / "logs", partial(_file, whole=False))
+    yield from _each(run / "checkpoints", _checkpoint)
 
 
-def _sorted(folder: Path) -> list[os.DirEntry[str]]:
+def _each(folder: Path, mark: Callable[[str], str]) -> Iterator[str]:
+    """The mark of every entry, by name; of what cannot be looked at, why not: one file must not end the index."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+            found = sorted((entry.name, entry.path) for entry in entries)
+    except OSError as error:
+        yield f"{folder.name} {error.strerror}"
+        return
+    for name, path in found:
+        yield f"{folder.name}/{name} {mark(path)}"
 
 
-def _times(stat: os.stat_result) -> str:
-    return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-
-
-def _content(path: Path, *, whole: bool) -> str:
+def _file(path: str, *, whole: bool) -> str:
     try:
-        with path.open("rb") as file:
-            content = file.read() if whole else file.read(_EDGE_BYTES)
-            if not whole and file.seek(0, os.SEEK_END) > _EDGE_BYTES:
-                file.seek(-_EDGE_BYTES, os.SEEK_END)
-                content += file.read()
+        found = os.stat(path)
+        # Anything else is not read either; a pipe would be waited for.
+        return f"{_times(found)} {_content(path, whole) if stat.S_ISREG(found.st_mode) else 'not a file'}"
     except OSError as error:
         return str(error.strerror)
+
+
+def _checkpoint(path: str) -> str:
+    marks = []
+    for name in ("trainer.json", "COMMITTED"):
+        try:
+            marks.append(_times(os.stat(os.path.join(path, name))))
+        except OSError as error:
+            marks.append(str(error.strerror))
+    return ", ".join(marks)
+
+
+def _times(found: os.stat_result) -> str:
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+
+
+def _content(path: str, whole: bool) -> str:
+    with open(path, "rb") as file:
+        content = file.read() if whole else file.read(_EDGE_BYTES)
+        if not whole and file.seek(0, os.SEEK_END) > _EDGE_BYTES:
+            file.seek(-_EDGE_BYTES, os.SEEK_END)
+            content += file.read()
     return sha256_hex(content)
 
 
 def _digest(run: str, files: str, summary: str) -> str:
-    return sha256_hex(f"{run}\0{files}\0{summary}".encode("utf-8", "surrogatepass"))
+    """Of the code too: another version may write between this one's look at `made_by` and its reading of the rows."""
+    return sha256_hex(f"{_code()}\0{run}\0{files}\0{summary}".encode("utf-8", "surrogatepass"))
 
 
 @lru_cache(maxsize=1)

@@ -17,7 +17,7 @@ from pydantic_core import from_json
 
 from libs.flags.append_file import read_lines
 from libs.flags.audit_record import audit_path, read_audit
-from libs.flags.errors import ExitStatus, UserError
+from libs.flags.errors import ExitStatus, UserError, reading
 from libs.flags.events import (
     AnomalyGeneric,
     CheckpointAbort,
@@ -74,11 +74,12 @@ Attempt = Sequence[_Entry]
 Findings = Iterator[Finding]
 
 
+@reading()
 def check_log(run: Path, *, rank: int = 0, known: Sequence[dict[str, Any]] = ()) -> LogReport:
     """Apply every rule to the log of one rank. known: its first lines, as `read_events` gave them, not decoded again.
 
     Raises:
-        UserError: there is no such log.
+        UserError: there is no such log, or it cannot be read.
     """
     path = log_path(run, rank)
     if not path.is_file():
@@ -106,12 +107,20 @@ def _judged(run: Path, rank: int, path: Path, known: Sequence[dict[str, Any]]) -
     elif not isinstance(attempts[-1][-1].event, RunStop):
         last = attempts[-1][-1]
         # A rank that crashed and had no part in later attempts: the run went on with fewer ranks.
-        left_out = rank != 0 and next_attempt(run) - 1 > last.envelope.attempt
+        left_out = rank != 0 and _has_later(run, last.envelope.attempt)
         found = Finding("run.stop", last.line, f"the last event is not run.stop: {_OPEN}")
         (notes if left_out else violations).append(found)
     violations += _against_audit(run, rank, attempts)
     ordered = tuple(sorted(set(violations), key=lambda finding: (finding.line, finding.rule)))
     return LogReport(len(entries), len(attempts), ordered, tuple(notes))
+
+
+def _has_later(run: Path, attempt: int) -> bool:
+    """Whether rank 0 tells of a later attempt. A log of it that is damaged excuses nobody."""
+    try:
+        return next_attempt(run) - 1 > attempt
+    except UserError:
+        return False
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pydantic_core import from_json
 
 from libs.flags.append_file import AppendFile, read_lines
 from libs.flags.canonical import encode, utc_now
-from libs.flags.errors import UserError
+from libs.flags.errors import UserError, reading
 from libs.flags.events import ENVELOPE_FIELDS, EVENTS, LEVELS, AnomalyGeneric, Event, Level
 
 SCHEMA = 1
@@ -165,7 +165,7 @@ def decode_line(path: Path, number: int, content: bytes) -> dict[str, Any]:
         UserError: it is not a JSON object.
     """
     try:
-        record = from_json(content)
+        record = from_json(content, allow_inf_nan=False)
     except ValueError as error:
         raise UserError(f"{path} line {number} is not JSON ({error}); see `fathom log check`") from error
     if not isinstance(record, dict):
@@ -177,14 +177,15 @@ def read_events(run_dir: Path, *, rank: int = 0) -> Iterator[dict[str, Any]]:
     """The lines of a run's log, envelope and payload flat. A last line still being written is left out.
 
     Raises:
-        UserError: there is no such log, or a whole line is not JSON.
+        UserError: there is no such log, it cannot be read, or a whole line is not JSON.
     """
     path = log_path(run_dir, rank)
-    if not path.is_file():
-        raise UserError(f"no run log at {path}: not a run directory, or rank {rank} wrote nothing")
-    for line in read_lines(path):
-        if not line.torn:
-            yield decode_line(path, line.number, line.content)
+    with reading():
+        if not path.is_file():
+            raise UserError(f"no run log at {path}: not a run directory, or rank {rank} wrote nothing")
+        for line in read_lines(path):
+            if not line.torn:
+                yield decode_line(path, line.number, line.content)
 
 
 def parse_record(record: dict[str, Any]) -> Parsed:
@@ -215,8 +216,19 @@ def _line_model(event: str) -> type[BaseModel]:
     return type(f"{EVENTS[event].__name__}Line", (EVENTS[event], Envelope), {"__module__": __name__})
 
 
+@reading()
 def next_attempt(run_dir: Path, *, rank: int = 0) -> int:
-    """The number of the attempt that would append now: 0 for a new run, else one above the highest."""
-    if not log_path(run_dir, rank).is_file():
+    """The number of the attempt that would append now: 0 for a new run, else one above the highest.
+
+    Raises:
+        UserError: the log cannot be read, or an event in it does not say of which attempt it is.
+    """
+    path, highest = log_path(run_dir, rank), -1
+    if not path.is_file():
         return 0
-    return 1 + max((int(record["attempt"]) for record in read_events(run_dir, rank=rank)), default=-1)
+    for record in read_events(run_dir, rank=rank):
+        attempt = record.get("attempt")
+        if not isinstance(attempt, int) or attempt < 0:
+            raise UserError(f"{path} has an event of no attempt: {str(record)[:80]}; see `fathom log check`")
+        highest = max(highest, attempt)
+    return 1 + highest

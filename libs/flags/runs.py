@@ -5,20 +5,24 @@ Not for writing one, and not for judging the run log (see `logcheck`).
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from libs.flags.audit_record import GENESIS, Anchor, audit_path, read_audit
-from libs.flags.errors import UserError, nearest
+from libs.flags.canonical import printable
+from libs.flags.errors import UserError, nearest, reading
 from libs.flags.registry import GateValue
 from libs.flags.runlog import log_path, read_events
 from libs.flags.verify import Kind, VerifyResult, verify_records
 from libs.flags.witness import LogDigest, read_digest
 
 RUNS = Path("runs")
+_LONGEST_PATH = 4096
 _RANK_FILE = re.compile(r"rank(\d{5})\.jsonl")
 _OUTCOMES = ("off", "refused", "active")
 
@@ -47,9 +51,19 @@ class RunGates(NamedTuple):
 
 
 def is_run(path: Path) -> bool:
-    return (path / "logs").is_dir() or (path / "audit").is_dir()
+    """Whether there are records in it, or it may not be asked: such a run has a problem, and is not left out."""
+    try:
+        return (path / "logs").is_dir() or (path / "audit").is_dir()
+    except OSError as error:
+        return error.errno != errno.ENAMETOOLONG  # no file has that name
 
 
+def name_of(run: Path) -> str:
+    """Its name as text: what is not UTF-8 is escaped, and so is the backslash, so that no two runs get one name."""
+    return printable(run.name.replace("\\", "\\\\"))
+
+
+@reading()
 def find_run(name: str) -> Path:
     """The run directory that `name` means: a path, a name under runs/, or a file holding one (runs/latest).
 
@@ -57,15 +71,13 @@ def find_run(name: str) -> Path:
         UserError: there is none; the message names the runs that are near.
     """
     for path in (Path(name), RUNS / name):
-        if path.is_file():
-            target = path.read_text(encoding="utf-8", errors="replace").strip()
-            path = next((p for p in (Path(target), path.parent / target) if target and is_run(p)), path)
-        if is_run(path):
-            return path
+        for candidate in (path, *_named_in(path)):
+            if is_run(candidate):
+                return candidate
     wanted = Path(name)
-    if wanted.exists():
+    if os.path.exists(wanted):
         raise UserError(f"{name} is not a run directory: it has no logs/ and no audit/")
-    folder = wanted.parent if wanted.parent.is_dir() and wanted.parent != Path(".") else RUNS
+    folder = wanted.parent if os.path.isdir(wanted.parent) and wanted.parent != Path(".") else RUNS
     names = [path.name for path in list_runs(folder)]
     close = nearest(wanted.name, names)
     hint = f"; did you mean {folder / close}?" if close else ""
@@ -73,13 +85,28 @@ def find_run(name: str) -> Path:
     raise UserError(f"no run at {name}{hint} ({listed})")
 
 
+def _named_in(path: Path) -> tuple[Path, ...]:
+    """What the first line of a file may name; nothing where there is no such file."""
+    if not os.path.isfile(path):
+        return ()
+    with path.open("rb") as file:
+        target = os.fsdecode(file.readline(_LONGEST_PATH)).strip()
+    return (Path(target), path.parent / target) if target else ()
+
+
+@reading()
 def list_runs(folder: Path) -> list[Path]:
-    """The run directories in `folder`, by name; not links, so that runs/latest does not count twice."""
+    """The run directories in `folder`, by name; not links, so that runs/latest does not count twice.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if not path.is_symlink() and is_run(path))
 
 
+@reading()
 def ranks(run: Path) -> list[int]:
     """Rank 0, which every run has, and every other rank that has a log or an audit chain."""
     files = [*(run / "logs").glob("rank*.jsonl"), *(run / "audit").glob("rank*.jsonl")]
@@ -105,8 +132,10 @@ def checkpoint_anchors(run: Path) -> dict[str, Anchor]:
     for state in sorted((run / "checkpoints").glob("*/trainer.json")):
         if (state.parent / "COMMITTED").exists():
             try:
+                if not state.is_file():
+                    raise ValueError("not a file")  # a pipe would be waited for
                 text = json.loads(state.read_bytes()).get("audit_anchor")
-            except (ValueError, AttributeError) as error:
+            except (OSError, ValueError, AttributeError, RecursionError) as error:
                 raise UserError(f"{state} is not readable: {error}") from error
             if text is not None:
                 found[f"checkpoint {state.parent.name}"] = Anchor.parse(str(text))
@@ -159,6 +188,7 @@ def _beyond_the_end(verdict: VerifyResult, run: Path, rank: int, log: LogDigest)
     return verdict._replace(status="tampered", kind="insert", first_bad=end.length, problem=problem)
 
 
+@reading()
 def verify_run(run: Path, extra: Iterable[Anchor] = ()) -> dict[int, VerifyResult]:
     """Rank -> the verdict on its chain (see `read_rank`).
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from libs.flags.audit_record import audit_path
+from libs.flags.canonical import printable
 from libs.flags.errors import UserError
 from libs.flags.registry import GateValue
-from libs.flags.runs import RankRecords, gates_of, missing_ranks, ranks, read_rank, refuse_no_chain
+from libs.flags.runs import RankRecords, gates_of, missing_ranks, name_of, ranks, read_rank, refuse_no_chain
 from libs.flags.verify import VerifyResult
 
 Event = dict[str, Any]
@@ -23,7 +24,7 @@ _ANOMALIES_KEPT = 20
 
 
 class _Row(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class GateEntry(_Row):
@@ -97,7 +98,7 @@ class RunSummary(_Row):
     n_anomalies: int
     anomalies: tuple[AnomalyRow, ...]
     chain: Literal["intact", "torn", "tampered", "none"]
-    problem: str | None
+    problem: Annotated[str, BeforeValidator(printable)] | None
 
     def has_gate(self, gate: str, outcome: str, value: str | None = None) -> bool:
         """Whether the gate had this outcome, and this value where one is given, in any attempt."""
@@ -122,7 +123,7 @@ def summarise(run: Path) -> RunSummary:
         problem = f"cannot be read: {error}"
     rank0 = read.get(0)
     events = [] if rank0 is None else rank0.log.events
-    base = {"run": run.name, "chain": _chain(run, verdicts)}
+    base = {"run": name_of(run), "chain": _chain(run, verdicts)}
     chain = _of_chain(run.name, rank0.records if rank0 is not None and problem is None else [])
     try:
         return RunSummary.model_validate(base | chain | _of_log(events) | {"problem": problem})

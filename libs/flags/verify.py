@@ -18,6 +18,9 @@ from libs.flags.audit_record import FIELDS, GENESIS, Anchor, sealed
 Kind = Literal["edit", "delete", "insert", "reorder", "truncate", "missing"]
 # Keys are sorted on disk, so every record begins like this, and so does what a crash leaves of one.
 _BEGINNING = b'{"attempt":'
+_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(FIELDS, (str, type(None)))
+_TYPES |= dict.fromkeys(("seq", "attempt", "rank"), (int,)) | {"event": (str,)}
+_TYPES |= dict.fromkeys(("value", "default"), (str, bool, type(None)))
 
 
 class VerifyResult(NamedTuple):
@@ -113,6 +116,9 @@ def _record(content: bytes, index: int) -> dict[str, Any]:
         raise _Bad("edit", index, f"not JSON ({error})") from error
     if not isinstance(record, dict) or set(record) != set(FIELDS):
         raise _Bad("edit", index, "not the fields of an audit record")
+    wrong = [name for name, kind in _TYPES.items() if not isinstance(record[name], kind)]
+    if wrong:
+        raise _Bad("edit", index, f"not a value that was ever written: {wrong[0]} {record[wrong[0]]!r:.80}")
     try:
         digest, line = sealed(record)
     except ValueError as error:

@@ -60,9 +60,9 @@ class LogDigest(NamedTuple):
             name = event.get("event")
             try:
                 if name == "gates.resolved":
-                    found += [Told(event["attempt"], row["outcome"], row["gate"]) for row in event["gates"]]
+                    found += [_told(event["attempt"], row["outcome"], row["gate"]) for row in event["gates"]]
                 elif name in _RECORD_OF:
-                    found.append(Told(event["attempt"], _RECORD_OF[name], event["gate"]))
+                    found.append(_told(event["attempt"], _RECORD_OF[name], event["gate"]))
             except (KeyError, TypeError) as error:
                 raise UserError(f"the run log is damaged at {name}: {error!r}; see `fathom log check`") from error
         return found
@@ -91,6 +91,12 @@ class LogDigest(NamedTuple):
         if last.get("event") != "run.stop" or last.get("audit_anchor") is None:
             return None
         return Anchor.parse(str(last["audit_anchor"]))
+
+
+def _told(attempt: object, event: object, gate: object) -> Told:
+    if not (isinstance(attempt, int) and isinstance(event, str) and isinstance(gate, str | None)):
+        raise TypeError(f"attempt {attempt!r}, event {event!r}, gate {gate!r}")
+    return Told(attempt, event, gate)
 
 
 def read_digest(run: Path, rank: int = 0) -> LogDigest:

@@ -90,6 +90,20 @@ def ask(server: WatchServer, method: str, path: str, **headers: str) -> http.cli
     return connection.getresponse()
 
 
+def damage(folder: Path) -> None:
+    """A run whose log has a number that JSON lacks, and one whose name is not UTF-8."""
+    begin(folder, "bad")
+    step(folder, "bad", 1)
+    log = folder / "bad" / "logs" / "rank00000.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"loss":2.5', b'"loss":NaN'))
+    begin(folder, "name")
+    (folder / "name").rename(folder / "nam\udce9")
+
+
+def not_finite(text: str) -> float:
+    raise AssertionError(f"{text} is not JSON")
+
+
 class Stream:
     """Server-sent events, as they come."""
 
@@ -105,7 +119,7 @@ class Stream:
             assert line, "the stream has ended"
             self.idle += line.startswith(b":")
             if line.startswith(b"data: "):
-                found: dict[str, Any] = json.loads(line[6:])
+                found: dict[str, Any] = json.loads(line[6:], parse_constant=not_finite)
                 return found
 
     def rest(self) -> bytes:
@@ -164,6 +178,24 @@ def test_a_run_that_is_gone_goes(server: WatchServer, feed: Feed, folder: Path) 
     feed.refresh()
     news = stream.next()
     assert (news["removed"], news["rows"], news["total"]) == (["refused"], [], 1)
+
+
+def test_a_damaged_run_ends_nothing(server: WatchServer, feed: Feed, folder: Path) -> None:
+    stream = Stream(server)
+    stream.next()
+    damage(folder)
+    feed.refresh()
+    rows = by_name(stream.next())
+    assert set(rows) == {"bad", r"nam\udce9"}
+    assert "is not JSON" in rows["bad"]["problem"]
+    assert rows["bad"]["loss"] is None
+    (folder / "going" / "logs" / "rank00001.jsonl").symlink_to("/gone")
+    feed.refresh()
+    step(folder, "going", 8)
+    feed.refresh()
+    news = feed.since(0, 0.0)
+    assert news is not None
+    assert by_name(news.plain())["going"]["step"] == 8
 
 
 def test_a_tampered_run_shows_no_gates(feed: Feed, folder: Path) -> None:

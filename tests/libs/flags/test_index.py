@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from libs.flags.runlog import RunLog, log_path
 from libs.flags.summary import RunSummary, summarise
 
 Write = Callable[..., Path]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -174,6 +177,33 @@ def test_a_changed_row_is_not_believed(folder: Path, statement: str) -> None:
     assert _read_again(folder) == (_from_files(folder), [])
 
 
+def test_a_row_of_another_version_is_not_believed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one that was written after this version had looked at who made the index."""
+    _open(folder)
+    real, of_this = summarise, index_module._code()
+    with monkeypatch.context() as other:
+        other.setattr(index_module, "_code", lambda: "another version")
+        other.setattr(index_module, "summarise", lambda run: real(run).model_copy(update={"status": "wrong"}))
+        _open(folder)
+    _sql(folder, f"UPDATE made_by SET code = '{of_this}'")
+    found, notes = _read_again(folder)
+    assert found == _from_files(folder)
+    assert "another version's" in notes[0]
+    assert _read_again(folder) == (found, [])
+
+
+def test_views_of_another_version_are_replaced(folder: Path) -> None:
+    _open(folder)
+    for statement in (
+        "DROP VIEW gates",
+        "CREATE VIEW gates AS SELECT run FROM runs",
+        "UPDATE made_by SET code = 'another version'",
+    ):
+        _sql(folder, statement)
+    _open(folder)
+    assert _sql(folder, "SELECT gate FROM gates WHERE outcome = 'active'") == [("alpha",), ("gamma",)]
+
+
 def test_asked_for_anew(folder: Path) -> None:
     _open(folder)
     assert _open(folder, rebuild=True) == _from_files(folder)
@@ -193,6 +223,17 @@ def test_a_folder_that_cannot_be_written(folder: Path, monkeypatch: pytest.Monke
     assert found == _from_files(folder)
     assert "cannot be written" in notes[0]
     assert not (folder / FILE_NAME).exists()
+
+
+@pytest.mark.parametrize("options", [["--json"], ["--json", "--rebuild"]])
+def test_no_file_may_be_as_large_as_the_index(folder: Path, options: list[str]) -> None:
+    """`ulimit -f`: sqlite calls it a disk I/O error."""
+    call = f"from libs.flags.fleet_cli import main_runs; main_runs(['list', {str(folder)!r}, *{options!r}])"
+    command = ["bash", "-c", 'ulimit -f 1; exec "$0" "$@"', sys.executable, "-c", call]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert [row["run"] for row in json.loads(done.stdout)] == ["a", "b", "c"]
+    assert "cannot be written" in done.stderr
 
 
 def test_a_locked_index_is_waited_for_and_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

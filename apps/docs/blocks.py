@@ -53,12 +53,28 @@ def stale(blocks: Iterable[Block], root: Path) -> dict[Path, str]:
     for block in blocks:
         path = root / block.file
         if path not in before:
-            before[path] = after[path] = _read(path)
+            before[path] = after[path] = read_text(path)
         try:
             after[path] = renewed(after[path], block.name, block.make(root))
         except UserError as error:
             raise UserError(f"{block.file}, block {block.name}: {error}") from error
     return {path: text for path, text in after.items() if text != before[path]}
+
+
+def read_text(path: Path) -> str:
+    """The whole file.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; {COMMAND} works in a checkout of the repository"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from error
 
 
 def write(path: Path, text: str) -> None:
@@ -79,12 +95,3 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; {COMMAND} works in a checkout of the repository"
-        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from apps.docs.blocks import table
+from apps.docs.blocks import read_text, table
 from apps.eval.report.receipts_table import receipts_table
 from libs.flags.errors import UserError
 
@@ -27,7 +27,7 @@ def decision_table(root: Path) -> str:
         if path.name == "README.md":
             continue
         named = _FILE.fullmatch(path.name)
-        titled = _TITLE.fullmatch(path.read_text(encoding="utf-8").partition("\n")[0])
+        titled = _TITLE.fullmatch(read_text(path).partition("\n")[0])
         if named is None or titled is None or named[1] != titled[1]:
             raise UserError(f"{path}: a record is named NNNN-title.md and begins with '# NNNN: Title', the same number")
         if named[1] in rows:

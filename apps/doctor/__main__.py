@@ -11,6 +11,7 @@ from rich.console import Console
 from apps.doctor.lanes import Diagnosis, diagnose
 from apps.doctor.machine import probe
 from apps.doctor.selftests import run_selftests
+from libs.flags.catalog import CATALOG
 from libs.flags.errors import ExitStatus, run_entry
 
 
@@ -22,8 +23,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Diagnose this machine; 1 when not even the CPU lane works."""
+    """Diagnose this machine; 1 when not even the CPU lane works.
+
+    Raises:
+        UserError: the catalogue of gates is damaged: no lane can be trusted before that is mended.
+    """
     options = build_parser().parse_args(argv)
+    len(CATALOG)  # the first look reads it whole
     found = diagnose(probe(), run_selftests())
     if options.json:
         print(json.dumps(_plain(found), indent=2))

@@ -12,6 +12,8 @@ from libs.flags.provenance import cpu_model, package_versions
 
 _COMPILERS = ("cc", "gcc", "clang")
 _NVCC_WHEEL = "nvidia-cuda-nvcc"
+# What a package raises that is not there, lacks a library, fails as it starts, or was removed by half.
+UNUSABLE = (ImportError, OSError, RuntimeError, AttributeError)
 
 
 class Gpu(NamedTuple):
@@ -39,6 +41,11 @@ class Machine(NamedTuple):
     nvcc: str | None
 
 
+def why(error: Exception) -> str:
+    """Its kind and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def probe() -> Machine:
     """Ask the machine. A package that cannot be imported is an answer, not an error."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -59,17 +66,18 @@ def probe() -> Machine:
 
 
 def _torch() -> tuple[str | None, str | None, bool, tuple[Gpu, ...]]:
+    gpus: list[Gpu] = []
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a library that a wheel needs is missing
-        return f"{type(error).__name__}: {error}", None, False, ()
-    gpus: list[Gpu] = []
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            found = torch.cuda.get_device_properties(index)
-            gpus.append(Gpu(found.name, (found.major, found.minor), found.total_memory))
-    gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
-    return None, torch.version.cuda, gloo, tuple(gpus)
+
+        if torch.cuda.is_available():
+            for index in range(torch.cuda.device_count()):
+                found = torch.cuda.get_device_properties(index)
+                gpus.append(Gpu(found.name, (found.major, found.minor), found.total_memory))
+        gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
+        return None, torch.version.cuda, gloo, tuple(gpus)
+    except UNUSABLE as error:
+        return why(error), None, False, ()
 
 
 def _xla() -> str | None:
@@ -84,8 +92,8 @@ def _xla() -> str | None:
 
         kind = runtime.device_type()
         torch_xla.device()
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+    except UNUSABLE as error:
+        return why(error)
     return None if kind == "TPU" else f"torch_xla runs on {kind} here, not on a TPU"
 
 

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from apps.doctor.machine import UNUSABLE, why
+
 _SEED = 2026
 _TOLERANCE = 1e-5  # of the largest entry, fp32: other orders of summation
 
@@ -37,8 +39,8 @@ def _timed(what: str, test: Callable[[], str | None]) -> SelfTest:
     started = time.perf_counter()
     try:
         wrong = test()
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        wrong = f"{type(error).__name__}: {error}".splitlines()[0]
+    except (*UNUSABLE, ValueError) as error:
+        wrong = why(error)
     seconds = time.perf_counter() - started
     return SelfTest(what, wrong is None, wrong or "agrees", seconds)
 

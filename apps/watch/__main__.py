@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         if not lowest <= value <= highest:
             raise UserError(f"{option} {value}: allowed are {lowest} to {highest}")
+    if not options.host:
+        raise UserError("--host '' would be every interface; name one: 127.0.0.1, or 0.0.0.0 for all of them")
     feed = Feed(Path(options.runs_dir), options.limit)
     try:
         server = WatchServer(options.host, options.port, feed)

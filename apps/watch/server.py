@@ -6,22 +6,36 @@ Not for what is shown (feed.py). Standard library: a handful of readers on one m
 from __future__ import annotations
 
 import json
+import socket
+import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
+from ipaddress import IPv6Address, ip_address
+from typing import Any
+from urllib.parse import urlsplit
 
 from apps.watch.feed import Feed
 
 # Nothing from elsewhere, no inline script: run names and reasons come from files that anyone may have written.
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'"
 _KEEP_ALIVE_S = 15.0
-_LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 _TEMPLATES = "apps.eval.report.templates"
 _FILES = {
     "/": ("text/html", (("apps.watch", "page.html"),)),
     "/watch.js": ("text/javascript", ((_TEMPLATES, "tables.js"), ("apps.watch", "watch.js"))),
     "/watch.css": ("text/css", ((_TEMPLATES, "report.css"), (_TEMPLATES, "tables.css"), ("apps.watch", "watch.css"))),
 }
+
+
+def _is_loopback(text: str) -> bool:
+    """Of an address; False for anything else."""
+    try:
+        address = ip_address(text)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 class WatchServer(ThreadingHTTPServer):
@@ -33,13 +47,21 @@ class WatchServer(ThreadingHTTPServer):
     def __init__(self, host: str, port: int, feed: Feed, keep_alive_s: float = _KEEP_ALIVE_S) -> None:
         self.feed = feed
         self.keep_alive_s = keep_alive_s
-        self.local = host in _LOOPBACK
+        if ":" in host:
+            self.address_family = socket.AF_INET6
         super().__init__((host, port), _Handler)
+        # Where it listens decides, not how that was written: LOCALHOST and 127.0.0.2 are this machine too.
+        self.local = _is_loopback(str(self.server_address[0]))
 
     @property
     def url(self) -> str:
-        host, port = self.server_address[0], self.server_address[1]
-        return f"http://{host!s}:{port}/"
+        host, port = str(self.server_address[0]), self.server_address[1]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A reader that has gone is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -68,8 +90,11 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_DELETE = do_PATCH = _refuse
 
     def _from_elsewhere(self) -> bool:
-        name = self.headers.get("Host", "").rsplit(":", 1)[0] or "none"
-        return self.server.local and name not in _LOOPBACK
+        try:
+            name = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
+        except ValueError:
+            name = ""
+        return self.server.local and name != "localhost" and not _is_loopback(name)
 
     def _stream(self) -> None:
         """Everything at first, then what changes, until the reader or the server goes."""
@@ -79,17 +104,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         version, feed = 0, self.server.feed
-        try:
-            while self.command != "HEAD" and not feed.closed:
-                news = feed.since(version, self.server.keep_alive_s)
-                if news is None:
-                    self.wfile.write(b": still here\n\n")
-                else:
-                    version = news.version
-                    self.wfile.write(f"event: runs\ndata: {json.dumps(news.plain())}\n\n".encode())
-                self.wfile.flush()
-        except (BrokenPipeError, ConnectionResetError):
-            return  # the reader has closed the page
+        while self.command != "HEAD" and not feed.closed:
+            news = feed.since(version, self.server.keep_alive_s)
+            if news is None:
+                self.wfile.write(b": still here\n\n")
+            else:
+                version = news.version
+                self.wfile.write(f"event: runs\ndata: {json.dumps(news.plain())}\n\n".encode())
+            self.wfile.flush()
 
     def _text(self, status: HTTPStatus, text: str) -> None:
         self.close_connection = True  # a body that was sent and not read must not be taken for the next request

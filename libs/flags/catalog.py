@@ -5,7 +5,8 @@ Not a place for mechanism: a gate is data, plus the rules that are only its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 
 from libs.flags.facts import Facts
 from libs.flags.preconditions import capability, fact_true, needs, on_device, package
@@ -360,4 +361,23 @@ _DECLARED = build_catalog(
     ]
 )
 
-CATALOG: Mapping[str, GateSpec] = build_catalog(raised(_DECLARED.values(), read_promotions()))
+
+class _Catalog(Mapping[str, GateSpec]):
+    """What is declared above, raised by the promotions. They are read at the first look and not when this module is
+    imported, so that a damaged file is an error of the command, which says so."""
+
+    @cached_property
+    def _specs(self) -> Mapping[str, GateSpec]:
+        return build_catalog(raised(_DECLARED.values(), read_promotions()))
+
+    def __getitem__(self, name: str) -> GateSpec:
+        return self._specs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+
+CATALOG: Mapping[str, GateSpec] = _Catalog()

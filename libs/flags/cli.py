@@ -52,12 +52,18 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    spec = CATALOG.get(options.gate.lower().removeprefix("fathom_"))
-    if spec is None:
-        raise UserError.unknown("gate", options.gate, CATALOG)
+    spec = _gate(options.gate)
     here = {word: _missing(spec, word, _facts(options.facts)) for word in spec.values[1:]}
     _show(options, spec.describe() | {"refused_here": here}, lambda: views.explain(spec, here))
     return ExitStatus.OK
+
+
+def _gate(name: str) -> GateSpec:
+    """The gate of this name or of this variable, in any case."""
+    bare = name.lower().removeprefix("fathom_")
+    if bare not in CATALOG:
+        raise UserError.unknown("gate", bare, CATALOG)
+    return CATALOG[bare]
 
 
 def _missing(spec: GateSpec, word: str, facts: Facts) -> list[str]:
@@ -125,20 +131,17 @@ def _verified_gates(run: Path) -> RunGates:
 
 
 def _history(options: argparse.Namespace) -> int:
-    if options.gate is not None and options.gate not in CATALOG:
-        raise UserError.unknown("gate", options.gate, CATALOG)
+    only = None if options.gate is None else _gate(options.gate).name
     found = indexed_runs(Path(options.runs_dir), rebuild=options.rebuild)
     # One run that cannot be read must not hide the others, and must not look like a run with its gates off.
     rows = [run.model_dump(mode="json", include=_HISTORY) for run in found]
-    _show(options, rows, lambda: views.history(rows, options.gate))
+    _show(options, rows, lambda: views.history(rows, only))
     return exit_status(found, len(found))
 
 
 def _promote(options: argparse.Namespace) -> int:
     name, equals, value = options.gate.partition("=")
-    spec = CATALOG.get(name.lower().removeprefix("fathom_"))
-    if spec is None:
-        raise UserError.unknown("gate", name, CATALOG)
+    spec = _gate(name)
     done = promote(spec, value if equals else None, Path(options.receipt))
     said = f"{done.gate}={done.value} is measured, by {done.receipt}; commit libs/flags/promotions.json with it"
     table = "the gate table of libs/flags/README.md changes too: renew it with `fathom docs`"

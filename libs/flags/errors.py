@@ -105,17 +105,49 @@ class GateRefused(RunRefused):
         super().__init__("\n".join(str(refusal) for refusal in self.refusals))
 
 
+def legible(text: str) -> str:
+    """Text that may be a file's, for a terminal: control characters are shown and not obeyed, but for line breaks."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def run_entry(main: Entry, argv: Sequence[str] | None = None) -> int:
-    """Run an entry point; the errors a user can meet become "error: ..." on stderr and an exit status."""
+    """Run an entry point; the errors a user can meet become "error: ..." on stderr and an exit status.
+
+    So does a stdout that is closed or full; a reader that has gone (`fathom ... | head`) gets the status alone.
+    """
+    if sys.stdout is None:
+        print("error: stdout is closed; send it to a file or to /dev/null", file=sys.stderr)
+        return ExitStatus.FAILURE
+    try:
+        try:
+            return _status(main, argv)
+        finally:
+            sys.stdout.flush()  # as the interpreter ends, it would be too late for an exit status
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            if _stdout_takes_more():
+                raise
+            print(f"error: cannot write to stdout: {error.strerror}", file=sys.stderr)
+        # Without this, closing stdout would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitStatus.FAILURE
+
+
+def _status(main: Entry, argv: Sequence[str] | None) -> int:
     try:
         return int(main(argv))
     except RunRefused as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {legible(str(error))}", file=sys.stderr)
         return ExitStatus.GATE_REFUSED
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {legible(str(error))}", file=sys.stderr)
         return ExitStatus.USAGE
-    except BrokenPipeError:
-        # `fathom ... | head`: the reader has gone; without this, closing stdout would complain once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitStatus.FAILURE
+
+
+def _stdout_takes_more() -> bool:
+    """Whether an error was another file's: what stdout refused, it refuses again."""
+    try:
+        print(flush=True)
+    except OSError:
+        return False
+    return True

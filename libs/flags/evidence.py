@@ -6,6 +6,7 @@ works the interval out again from the samples rather than believe what is stated
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -41,11 +42,13 @@ def decide(ratio: float, interval: Interval | None, scope: Scope, pairs: int) ->
     if interval is None:
         return Verdict("noise", f"B takes {ratio:.4f} of A's time, from one pair: no interval")
     said = f"B takes {ratio:.4f} of A's time ({interval.low:.4f} to {interval.high:.4f})"
+    if not all(map(math.isfinite, (ratio, *interval))):
+        return Verdict("noise", f"{said}: not finite")
     if pairs < MIN_PAIRS:
         return Verdict("noise", f"{said}, from {pairs} pairs: {MIN_PAIRS} are the fewest that count")
     if interval.low > 1:
         return Verdict("rejected", f"{said}: slower beyond noise")
-    if interval.high >= 1:
+    if not interval.high < 1:
         return Verdict("noise", f"{said}: the interval holds 1")
     if scope != WHOLE_STEP:
         return Verdict("noise", f"{said}, but of {scope} alone: only the whole step decides")
@@ -165,7 +168,9 @@ def _objections(measured: _Measured, gate: str, value: str | None) -> Iterator[s
         yield f"it compares {f'gate {comparison.gate}' if comparison.gate else 'no single gate'}"
     elif comparison.baseline != OFF:
         yield f"A had {comparison.gate}={comparison.baseline}: the gain is shown over {OFF}"
-    if value is not None and comparison.value != value:
+    if comparison.value is None:
+        yield "it does not say which value B had"
+    elif value is not None and comparison.value != value:
         yield f"B had the value {comparison.value}"
     if comparison.scope != WHOLE_STEP:
         yield f"it times {comparison.scope} alone: a gain that does not move the whole step is no gain"
@@ -183,7 +188,11 @@ def _doubts(measured: _Measured, comparison: _Comparison) -> Iterator[str]:
     if len(a.samples_s) != len(b.samples_s) or min(a.samples_s + b.samples_s) <= 0:
         yield "its samples are not pairs of positive times"
         return
-    ratio, interval = paired_ratio(b.samples_s, a.samples_s)
+    try:
+        ratio, interval = paired_ratio(b.samples_s, a.samples_s)
+    except UserError as error:
+        yield str(error)
+        return
     verdict = decide(ratio, interval, comparison.scope, len(a.samples_s))
     if verdict.value != "kept" and measured.decision.value == "kept":
         yield f"its own samples say {verdict.value}: {verdict.reason}"

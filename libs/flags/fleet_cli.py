@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from libs.flags import fleet_views
-from libs.flags.errors import ExitStatus
+from libs.flags.errors import ExitStatus, UserError, legible
 from libs.flags.fleet import OUTCOMES, STATUSES, Query, differences
 from libs.flags.index import RunIndex
 from libs.flags.runs import RUNS, find_run, name_of
@@ -40,13 +40,16 @@ def exit_status(listed: Sequence[RunSummary], of: int) -> int:
     bad = [run for run in listed if run.problem is not None]
     if not bad:
         return ExitStatus.OK
-    print(f"error: {len(bad)} of {of} runs cannot be trusted: {bad[0].run}: {bad[0].problem}", file=sys.stderr)
+    why = legible(f"{bad[0].run}: {bad[0].problem}")
+    print(f"error: {len(bad)} of {of} runs cannot be trusted: {why}", file=sys.stderr)
     return ExitStatus.USAGE
 
 
 def _list(options: argparse.Namespace) -> int:
+    if options.outcome is not None and options.gate is None:
+        raise UserError(f"--outcome {options.outcome} says nothing without a gate; name it with --gate")
     conditions = {name: getattr(options, name) for name in ("status", "refused", "changed", "untrusted")}
-    query = Query.about(options.gate, options.outcome, **conditions)
+    query = Query.about(options.gate, options.outcome or OUTCOMES[0], **conditions)
     everything = indexed_runs(Path(options.runs_dir), rebuild=options.rebuild)
     found = [run for run in everything if query.matches(run)]
     shown = found[-options.limit :] if options.limit is not None else found
@@ -116,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     listing = command("list", _list, "the runs of a folder that meet every condition given")
     add_index_options(listing)
     listing.add_argument("--gate", metavar="GATE[=VALUE]", help="had this gate, active unless --outcome says otherwise")
-    listing.add_argument("--outcome", choices=OUTCOMES, default=OUTCOMES[0], help="with --gate")
+    listing.add_argument("--outcome", choices=OUTCOMES, help=f"with --gate (default: {OUTCOMES[0]})")
     listing.add_argument("--status", choices=STATUSES, help="how its last attempt ended; open: it has no end")
     listing.add_argument("--refused", action="store_true", help="a gate was refused")
     listing.add_argument("--changed", action="store_true", help="a gate was changed on resume")

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.markup import escape
-
 from libs.flags.fleet import Difference
 from libs.flags.summary import RunSummary
-from libs.flags.views import coloured, console, gates_with, new_table
+from libs.flags.views import coloured, console, escape, gates_with, new_table
 
 _STATUS_STYLE = {"completed": "green", "refused": "red", "failed": "red", "requeue": "yellow", "open": "yellow"}
 
@@ -23,7 +21,7 @@ def runs(found: Sequence[RunSummary], of: int) -> None:
     for run in found:
         rows.add_row(
             escape(run.run),
-            (run.started or "-")[:19],
+            escape((run.started or "-")[:19]),
             _status(run.status),
             "-" if run.step is None else f"{run.step:,}",
             _number(run.valid_bpb if run.valid_bpb is not None else run.bpb),
@@ -61,13 +59,14 @@ def run(found: RunSummary) -> None:
             for entry in entries:
                 where = ", ".join(map(str, entry.attempts))
                 said = f"{entry.outcome} ({entry.value}{', exposed' if entry.exposed else ''}) in attempts {where}"
-                out.print(f"gate {gate}: {escape(said)}")
+                out.print(escape(f"gate {gate}: {said}"))
     for refusal in found.refusals:
         out.print(
             f"refused in attempt {refusal.attempt}: {escape(f'{refusal.variable}={refusal.value}: {refusal.why}')}"
         )
     for change in found.changes:
-        out.print(f"changed on resume, attempt {change.attempt}: {change.gate} = {change.new}; {escape(change.note)}")
+        said = escape(f"{change.gate} = {change.new}; {change.note}")
+        out.print(f"changed on resume, attempt {change.attempt}: {said}")
     for anomaly in found.anomalies:
         at = f"attempt {anomaly.attempt}, step {anomaly.step}"
         out.print(f"anomaly, {at}: {escape(anomaly.what)} {escape(anomaly.action)}")

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
+from libs.flags.errors import UserError
+
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom (any table of the t distribution). Receipts
 # state intervals made with these figures: with more digits they would no longer follow from their samples.
 _T_975 = (
@@ -31,11 +33,20 @@ def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
 
     Pairs come from the same round of an interleaved run, so a slow phase of the machine cancels in the ratio.
     Samples without a partner (a contender with fewer rounds) are left out. The interval is None for one pair.
+
+    Raises:
+        UserError: times that are not positive, or so far apart that the ratio or its interval is not finite.
     """
-    mean, half = _mean([math.log(a / b) for a, b in zip(numerators, denominators, strict=False)])
-    if half is None:
-        return math.exp(mean), None
-    return math.exp(mean), Interval(math.exp(mean - half), math.exp(mean + half))
+    try:
+        mean, half = _mean([math.log(a / b) for a, b in zip(numerators, denominators, strict=False)])
+        ratio = math.exp(mean)
+        interval = None if half is None else Interval(math.exp(mean - half), math.exp(mean + half))
+        if not all(map(math.isfinite, (ratio, *(interval or ())))):
+            raise OverflowError("beyond the largest number")
+    except (ArithmeticError, ValueError) as error:
+        times = (*numerators, *denominators)
+        raise UserError(f"no ratio of times from {min(times):g} to {max(times):g} s can be had: {error}") from error
+    return ratio, interval
 
 
 def paired_difference(left: Sequence[float], right: Sequence[float]) -> tuple[float, Interval | None]:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from libs.flags.facts import Facts
 from libs.flags.registry import GateValue, Precondition
 
+_RELEASE = re.compile(r"[0-9]+(\.[0-9]+)*")
+
 
 def on_device(*devices: str) -> Precondition:
     """Any one of them."""
@@ -43,6 +45,8 @@ def package(name: str, at_least: str | None = None, below: str | None = None) ->
         have = facts.packages.get(name)
         if have is None:
             return f"needs {wanted}, which is not installed"
+        if limits and not is_version(have):
+            return f"needs {wanted}, found {have!r}, which is not a version"
         low = at_least is None or release(have) >= release(at_least)
         high = below is None or release(have) < release(below)
         return None if low and high else f"needs {wanted}, found {have}"
@@ -77,9 +81,14 @@ def needs(
     return make
 
 
+def is_version(text: str) -> bool:
+    """Whether `text` begins as a version does, so that it has a `release`."""
+    return _RELEASE.match(text) is not None
+
+
 def release(version: str) -> tuple[int, ...]:
     """The numbers before any suffix, without closing zeros: "2.9.0a0" -> (2, 9)."""
-    match = re.match(r"\d+(\.\d+)*", version)
+    match = _RELEASE.match(version)
     assert match is not None, f"not a version: {version!r}"
     numbers = [int(part) for part in match.group().split(".")]
     while numbers and numbers[-1] == 0:

@@ -7,8 +7,10 @@ Not for `default_on` and `locked`: those change a default, which is an edit of t
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +23,7 @@ from libs.flags.registry import NEEDS_EVIDENCE, RISE, GateSpec, Stage
 
 FILE = Path(__file__).with_name("promotions.json")
 RECEIPTS = Path("infra/receipts")
+RECEIPT = "receipt.json"
 
 
 class Promotion(BaseModel):
@@ -52,21 +55,22 @@ def read_promotions(path: Path = FILE) -> tuple[Promotion, ...]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; it is part of the program") from error
     except ValidationError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+        what = "; ".join(e["msg"] for e in error.errors())
+        raise UserError(f"{path} is damaged: {what}; settle the merge, or restore what is committed") from error
 
 
 def raised(specs: Iterable[GateSpec], promotions: Sequence[Promotion]) -> list[GateSpec]:
     """The gates with their promoted values at `measured` and the receipts among their evidence.
 
     Raises:
-        ValueError: a promotion of a gate or value that is not there, or that is not `experimental`.
+        UserError: a promotion of a gate or value that is not there, or that is not `experimental`.
     """
     by_gate: dict[str, list[Promotion]] = {}
     for promotion in promotions:
         by_gate.setdefault(promotion.gate, []).append(promotion)
     found = [_raised(spec, by_gate.pop(spec.name, [])) for spec in specs]
     if by_gate:
-        raise ValueError(f"promotions of gates that are not in the catalogue: {', '.join(by_gate)}")
+        raise UserError(f"promotions of gates that are not in the catalogue: {', '.join(by_gate)}")
     return found
 
 
@@ -77,7 +81,9 @@ def _raised(spec: GateSpec, promotions: Sequence[Promotion]) -> GateSpec:
     for promotion in promotions:
         stage = stages.get(promotion.value)
         if stage is None or stage not in (Stage.EXPERIMENTAL, *NEEDS_EVIDENCE):
-            raise ValueError(f"{spec.name}={promotion.value} is {stage or 'no value'}: only experimental ones rise")
+            raise UserError(
+                f"promoted {spec.name}={promotion.value} is {stage or 'no value'}: only experimental ones rise"
+            )
         if stage is Stage.EXPERIMENTAL:
             stages[promotion.value] = Stage.MEASURED
     highest = max(stages.values(), key=RISE.index)
@@ -96,10 +102,15 @@ def promote(spec: GateSpec, value: str | None, receipt: Path, *, root: Path = RO
     Raises:
         UserError: the gate cannot rise by a receipt, the receipt lies outside infra/receipts, or it is no evidence.
     """
-    path = receipt.resolve()
+    try:
+        path = receipt.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that go round
+        raise UserError(f"cannot read the receipt {receipt}: {error}") from error
     folder = (root / RECEIPTS).resolve()
     if path.parent.parent != folder:
         raise UserError(f"{receipt} is not in {RECEIPTS}: evidence is kept with the code; move its folder there first")
+    if path.name != RECEIPT:
+        raise UserError(f"{receipt} is not named {RECEIPT}: name the file that `fathom bench` wrote")
     evidence = read_evidence(path, spec.name, value)
     _refuse_stage(spec, evidence.value)
     promotion = Promotion(
@@ -108,7 +119,8 @@ def promote(spec: GateSpec, value: str | None, receipt: Path, *, root: Path = RO
         receipt=path.relative_to(root.resolve()).as_posix(),
         sha256=evidence.sha256,
     )
-    _write([*read_promotions(file), promotion], file)
+    with _alone(file):
+        _write([*read_promotions(file), promotion], file)
     return promotion
 
 
@@ -123,6 +135,20 @@ def _refuse_stage(spec: GateSpec, value: str) -> None:
         Stage.RETIRED: f"it was tried and rejected: {spec.decision}",
     }.get(stage, "it has risen already; a default is changed in libs/flags/catalog.py, which asks for this evidence")
     raise UserError(f"{spec.name}={value} is {stage} and does not rise by a receipt: {why}")
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """No other process promotes meanwhile. The folder is locked, because the file itself is replaced."""
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise UserError(f"cannot lock {path.parent}: {error.strerror}; use a file system with locks") from error
 
 
 def _write(promotions: Sequence[Promotion], path: Path) -> None:

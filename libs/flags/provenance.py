@@ -159,9 +159,11 @@ def redact_command(command: Sequence[str]) -> list[str]:
     for argument in command:
         option, equals, _ = argument.partition("=")
         secret = option.startswith("-") and names_a_secret(option)
-        if hide_next and not argument.startswith("-"):
+        # Two dashes are the next option; one may be how the secret begins.
+        if hide_next and not argument.startswith("--"):
             shown.append(REDACTED)
+            hide_next = False
         else:
             shown.append(f"{option}={REDACTED}" if secret and equals else argument)
-        hide_next = secret and not equals
+            hide_next = secret and not equals
     return shown

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as without_markup
 from rich.table import Table
 
 from libs.flags.compare import show
+from libs.flags.errors import legible
 from libs.flags.gateset import GateSet
 from libs.flags.registry import GateSpec
 from libs.flags.runs import RunGate, RunGates
@@ -36,8 +37,13 @@ def console() -> Console:
 def new_table(title: str, *columns: str) -> Table:
     table = Table(title=escape(title), title_justify="left")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(escape(column), overflow="fold")
     return table
+
+
+def escape(text: str) -> str:
+    """Text from a file for a console: its brackets are no markup, its control characters and line breaks are shown."""
+    return without_markup(legible(text).replace("\n", r"\n"))
 
 
 def coloured(word: str) -> str:
@@ -155,7 +161,7 @@ def history(rows: Sequence[Mapping[str, Any]], only: str | None) -> None:
         off = [gate for gate, entries in gates.items() if {entry["outcome"] for entry in entries} == {"off"}]
         table.add_row(
             escape(row["run"]),
-            row["started"] or "-",
+            escape(row["started"] or "-"),
             str(len(row["attempts"])),
             escape(", ".join(active) or "-"),
             escape(", ".join([*refused, *(row["unknown"] if only is None else ())]) or "-"),

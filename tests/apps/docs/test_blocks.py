@@ -30,6 +30,12 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         stale([Block("README.md", "x", lambda _: "new")], tmp_path)
 
 
+def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_bytes(b"caf\xe9\n")
+    with pytest.raises(UserError, match=r"README\.md is not UTF-8: .* at byte 3"):
+        stale([Block("README.md", "x", lambda _: "new")], tmp_path)
+
+
 def test_two_blocks_of_one_file(tmp_path: Path) -> None:
     both = [line for name in ("x", "y") for line in (*marks(name),)]
     (tmp_path / "a.md").write_text("\n".join(both), encoding="utf-8")

@@ -88,6 +88,9 @@ def test_records_are_listed_by_their_numbers(tmp_path: Path) -> None:
     (folder / "0002-c.md").write_text("# 0003: Third\n")
     with pytest.raises(UserError, match="the same number"):
         decision_table(tmp_path)
+    (folder / "0002-c.md").write_bytes(b"# 0003: Caf\xe9\n")
+    with pytest.raises(UserError, match=r"0002-c\.md is not UTF-8"):
+        decision_table(tmp_path)
 
 
 def test_steps_for_a_slice_are_those_that_were_compiled(tmp_path: Path) -> None:

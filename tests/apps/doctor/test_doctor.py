@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,3 +184,27 @@ def test_probe_answers() -> None:
     assert found.torch_error is None
     assert found.gloo
     assert isinstance(diagnose(found, PASSED), Diagnosis)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("raise RuntimeError('driver too old\\nand more')", "RuntimeError: driver too old"),
+        ("raise OSError('libfoo.so: cannot open')", "OSError: libfoo.so"),
+        ("raise ImportError('no _C')", "ImportError: no _C"),
+        ("", "AttributeError: module 'torch' has no attribute 'cuda'"),
+    ],
+)
+def test_a_torch_that_cannot_be_imported(tmp_path: Path, source: str, said: str) -> None:
+    """Or of which only the folder is left: the doctor says so, in a real process."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(source)
+    command = [sys.executable, "-c", "import sys; from apps.cli import main; sys.exit(main())", "doctor", "--json"]
+    paths = os.pathsep.join(map(str, (tmp_path, ROOT)))
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == ""
+    found = json.loads(done.stdout)
+    assert found["machine"]["torch_error"].startswith(said)
+    assert found["lanes"][0]["missing"][0].startswith(f"torch cannot be imported: {said}")
+    assert not any(test["passed"] for test in found["selftests"])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +86,16 @@ def server(feed: Feed) -> Iterator[WatchServer]:
     made.shutdown()
     thread.join()
     made.server_close()
+
+
+@contextlib.contextmanager
+def listening(host: str, feed: Feed) -> Iterator[WatchServer]:
+    with WatchServer(host, 0, feed) as made:
+        thread = threading.Thread(target=made.serve_forever)
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
 
 
 def ask(server: WatchServer, method: str, path: str, **headers: str) -> http.client.HTTPResponse:
@@ -249,7 +263,48 @@ def test_no_other_file_is_served(server: WatchServer, path: str) -> None:
 def test_another_site_cannot_read_it(server: WatchServer) -> None:
     """A name that resolves to this machine is still not this machine's name."""
     assert ask(server, "GET", "/events", Host="evil.example:8790").status == 403
-    assert ask(server, "GET", "/", Host="localhost:1").status == 200
+    for host in ("localhost:1", "LOCALHOST:8795", "127.0.0.1", "127.0.0.2:8790", "[::1]:8790"):
+        assert ask(server, "GET", "/", Host=host).status == 200
+    for host in ("", "evil.com", "localhost.evil.com", "127.0.0.1.evil.com:8790", "10.0.0.1", "[::1", "[::2]:8790"):
+        assert ask(server, "GET", "/", Host=host).status == 403
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "LOCALHOST", "::1", "::ffff:127.0.0.1"])
+def test_where_it_listens_decides_who_may_read(feed: Feed, host: str) -> None:
+    with listening(host, feed) as server:
+        assert server.local
+        connection = http.client.HTTPConnection(
+            str(server.server_address[0]), int(server.server_address[1]), timeout=30
+        )
+        connection.request("GET", "/", headers={"Host": "evil.com"})
+        assert connection.getresponse().status == 403
+        with urllib.request.urlopen(server.url, timeout=30) as answer:
+            assert answer.status == 200
+
+
+def test_everyone_may_read_what_is_served_to_everyone(feed: Feed) -> None:
+    with listening("0.0.0.0", feed) as server:
+        assert not server.local
+        assert ask(server, "GET", "/", Host="evil.com").status == 200
+
+
+def test_a_reader_that_has_gone_is_not_reported(server: WatchServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a reset in the middle of a request; any other error is still told."""
+    address = (str(server.server_address[0]), int(server.server_address[1]))
+    with socket.create_connection(address) as gone:
+        gone.sendall(b"GET / HT")
+        gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handled = threading.Event()
+    told, server.shutdown_request = server.shutdown_request, lambda request: (told(request), handled.set())  # type: ignore[assignment,func-returns-value,method-assign]
+    assert ask(server, "GET", "/").read()
+    assert handled.wait(10)
+    assert capsys.readouterr().err == ""
+    for error, said in ((BrokenPipeError(), False), (ConnectionResetError(), False), (ValueError("ours"), True)):
+        try:
+            raise error
+        except (OSError, ValueError):
+            server.handle_error(None, address)
+        assert ("ours" in capsys.readouterr().err) is said
 
 
 @pytest.mark.parametrize(
@@ -259,6 +314,7 @@ def test_another_site_cannot_read_it(server: WatchServer) -> None:
         ([".", "--port", "70000"], "--port 70000"),
         ([".", "--every", "0"], "--every"),
         ([".", "--limit", "0"], "--limit"),
+        ([".", "--host", ""], "--host ''"),
     ],
 )
 def test_bad_options(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

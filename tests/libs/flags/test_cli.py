@@ -126,6 +126,12 @@ def test_status_with_the_facts_of_another_machine(
     status, _, error = _call(capsys, "status", "--facts", str(facts))
     assert status == 78
     assert "scan backend sm90 has no stage gmem_pool; the stages it has: python_precompute" in error
+    monkeypatch.setenv("FATHOM_PSIV_CACHE", "off")
+    monkeypatch.setenv("FATHOM_TMA", "fwd")
+    facts.write_text(json.dumps({"device": "cuda", "packages": {"tilelang": "main"}}))
+    status, _, error = _call(capsys, "status", "--facts", str(facts))
+    assert status == 78
+    assert "found 'main', which is not a version" in error
     for content, said in (("{", "JSON"), ('{"devise": "cpu"}', "devise"), ('{"device": "abacus"}', "device")):
         facts.write_text(content)
         status, _, error = _call(capsys, "status", "--facts", str(facts))
@@ -348,6 +354,8 @@ def test_history_over_several_runs(
     _, table, _ = _call(capsys, "history", str(runs), "--gate", "psiv_cache")
     assert "psiv_cache=gmem_pool" in table
     assert "alpha" not in table
+    assert _call(capsys, "history", str(runs), "--gate", "FATHOM_PSIV_CACHE") == (0, table, "")
+    assert "did you mean 'psiv_cache'" in _call(capsys, "history", str(runs), "--gate", "FATHOM_PSVI_CACHE")[2]
     assert _call(capsys, "history", str(runs), "--gate", "psvi_cache")[0] == 2
 
 

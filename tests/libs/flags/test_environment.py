@@ -65,7 +65,10 @@ def test_fathom_variables_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
         ("apikey", True),
         ("--tokenizer", False),
         ("FATHOM_TRAIN__MAX_TOKENS", False),
-        ("MONKEY", False),
+        ("FATHOM_ACCESSKEY", True),
+        ("FATHOM_AUTHTOKEN", True),
+        ("--db.clientsecret", True),
+        ("KEYBOARD", False),
         ("AUTHOR", False),
     ],
 )

@@ -85,3 +85,26 @@ def test_closed_pipe_is_quiet() -> None:
     assert done.stdout == "["
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", ["libs.flags list", "libs.flags status --json", "libs.flags --help", "apps.cli --help"]
+)
+@pytest.mark.parametrize("where", [">&-", ">/dev/full"])
+def test_what_cannot_be_written_is_said(words: str, where: str) -> None:
+    """Long and short output, through rich, print and argparse."""
+    command = f"env -u PYTHONUNBUFFERED {sys.executable} -m {words} {where}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert done.stderr.startswith(("error: stdout is closed", "error: cannot write to stdout: No space left"))
+
+
+def test_an_error_of_another_file_stays_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OSError, match="of another file"):
+        run_entry(_raising(OSError(28, "of another file")))  # type: ignore[arg-type]
+    assert capsys.readouterr().err == ""
+
+
+def test_an_error_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_entry(_raising(UserError("run \x1b[2J\x9b\udc80:\n  why"))) == 2  # type: ignore[arg-type]
+    assert capsys.readouterr().err == "error: run \\x1b[2J\\x9b\\udc80:\n  why\n"

@@ -28,13 +28,19 @@ from tests.libs.flags.receipts import receipt, samples, write
         (0.90, (0.89, 0.91), "forward_backward", "noise"),
         (1.10, (1.09, 1.11), "forward", "rejected"),
         (0.50, None, "step", "noise"),
+        (math.inf, (math.nan, math.nan), "step", "noise"),
+        (math.nan, (0.1, 0.2), "step", "noise"),
+        (0.5, (math.nan, 0.9), "step", "noise"),
+        (0.5, (-math.inf, 0.9), "step", "noise"),
     ],
 )
 def test_the_rule(ratio: float, interval: tuple[float, float] | None, scope: Any, value: str) -> None:
     verdict = decide(ratio, None if interval is None else Interval(*interval), scope, MIN_PAIRS)
     assert verdict.value == value
     assert f"{ratio:.4f}" in verdict.reason
-    if scope != "step" and value == "noise":
+    if not math.isfinite(sum((ratio, *(interval or ())))):
+        assert "not finite" in verdict.reason
+    elif scope != "step" and value == "noise":
         assert "only the whole step decides" in verdict.reason
 
 
@@ -77,7 +83,10 @@ def test_a_good_receipt(tmp_path: Path) -> None:
 
 
 def _with_samples(ratio: float, pairs: int = 19) -> list[dict[str, Any]]:
-    a, b = samples(ratio, pairs)
+    return _arms(*samples(ratio, pairs))
+
+
+def _arms(a: list[float], b: list[float]) -> list[dict[str, Any]]:
     return [{"name": "a", "samples_s": a}, {"name": "b", "samples_s": b}]
 
 
@@ -101,6 +110,10 @@ def _with_samples(ratio: float, pairs: int = 19) -> list[dict[str, Any]]:
         ({"contenders": _with_samples(0.9)[:1]}, "no samples of a and b"),
         ({"contenders": [*_with_samples(0.9)[:1], *_with_samples(0.9, 3)[1:]]}, "not pairs"),
         ({"contenders": [{"name": n, "samples_s": [-1.0] * 9} for n in "ab"]}, "not pairs of positive times"),
+        ({"contenders": _arms([1.0] * 6 + [1e-200], [2.0] * 6 + [1e200])}, "no ratio of times from 1e-200 to 1e+200"),
+        ({"contenders": _arms([1e300] * 7, [1e-300] * 7)}, "no ratio of times from 1e-300 to 1e+300"),
+        ({"contenders": _arms([1.0] * 7, [1e300] * 6 + [1.0])}, "no ratio of times from 1 to 1e+300"),
+        ({"comparison": {"value": None}}, "does not say which value B had"),
     ],
 )
 def test_what_is_no_evidence(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
@@ -108,6 +121,29 @@ def test_what_is_no_evidence(tmp_path: Path, changed: dict[str, Any], said: str)
     with pytest.raises(UserError, match="the rule: kept:") as error:
         read_evidence(path, "psiv_cache", "gmem_pool")
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ([1e300] * 2, [1e-300] * 2),
+        ([1e-300] * 2, [1e300] * 2),
+        ([1e300, 1.0], [1.0, 1.0]),
+        ([1.0, 1.0], [1e300, 1.0]),
+        ([1.0] * 6 + [1e200], [1.0] * 6 + [1e-200]),
+        ([1.0], [0.0]),
+        ([-1.0], [1.0]),
+    ],
+)
+def test_times_without_a_finite_ratio(a: list[float], b: list[float]) -> None:
+    with pytest.raises(UserError, match="no ratio of times from"):
+        paired_ratio(a, b)
+
+
+def test_a_receipt_that_does_not_name_its_value(tmp_path: Path) -> None:
+    """Also where no value was asked for."""
+    with pytest.raises(UserError, match="which value B had"):
+        read_evidence(write(receipt(comparison={"value": None}), tmp_path), "psiv_cache")
 
 
 def test_a_receipt_that_compares_nothing(tmp_path: Path) -> None:

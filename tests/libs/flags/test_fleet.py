@@ -10,9 +10,10 @@ import pytest
 
 from libs.flags.audit import AuditLog
 from libs.flags.audit_record import audit_path
+from libs.flags.cli import main_flags
 from libs.flags.compare import GateChange
 from libs.flags.errors import UserError, run_entry
-from libs.flags.events import ConfigResolved, RunStart
+from libs.flags.events import ConfigResolved, RunStart, RunStop
 from libs.flags.fleet import Query, differences
 from libs.flags.fleet_cli import main_runs
 from libs.flags.installed import record_changes
@@ -78,6 +79,8 @@ def test_questions(
         (("--gate", "psvi_cache"), "did you mean 'psiv_cache'"),
         (("--gate", "tma=quick"), "unknown value of tma 'quick'"),
         (("--limit", "0"), "allowed are 1 and above"),
+        (("--outcome", "refused"), "--outcome refused says nothing without a gate; name it with --gate"),
+        (("--outcome", "active"), "--gate"),
         (("--status", "done"), "invalid choice"),
     ],
 )
@@ -140,6 +143,43 @@ def test_how_two_runs_differ(
 def test_a_run_that_cannot_be_trusted_is_not_compared(folder: Path) -> None:
     with pytest.raises(UserError, match="tampered"):
         differences(folder / "off", folder / "tampered")
+
+
+def test_what_runs_are_called_is_no_markup(
+    write_run: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = write_run(tmp_path / "lr[v2]", {"FATHOM_TMA": "all"})
+    b = write_run(tmp_path / "lr[v3]", steps=5)
+    for main, command in ((main_runs, "diff"), (main_flags, "diff")):
+        assert run_entry(main, [command, str(a), str(b)]) == 0
+        out = capsys.readouterr().out
+        assert "lr[v2]" in out
+        assert "lr[v3]" in out
+
+
+def test_control_characters_are_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A log can hold anything: colours, a cleared screen, a line that looks like one of ours, half a character."""
+    runs = tmp_path / "runs"
+    name = "odd\x1b[2J"
+    with RunLog.open(runs / name, run_id="r\x9b2J", attempt=0) as log:
+        log.emit(RunStart(command=["x\x7f"], recipe="\u202er", config_hash="c", gates_hash=None, world_size=1))
+        audit = AuditLog.open(audit_path(runs / name), "r\x9b2J", 0)
+        audit.record("refused", gate="tma", value="\x1b[31mall", reason="no\nproblem: none", source="FATHOM_TMA")
+        log.emit(RunStop(status="refused", exit_code=78, reason="\x1b[2Jgone", audit_anchor=str(audit.anchor())))
+        audit.close()
+    for main, words in (
+        (main_runs, ["list", str(runs)]),
+        (main_runs, ["show", str(runs / name)]),
+        (main_flags, ["audit", str(runs / name)]),
+        (main_flags, ["history", str(runs)]),
+    ):
+        assert run_entry(main, words) == 0
+        out = capsys.readouterr().out
+        assert all(c.isprintable() or c == "\n" for c in out), ascii(out)
+        assert r"\x1b[" in out
+        if words[0] == "show":
+            assert r"\x1b[2Jgone" in out
+            assert r"no\nproblem: none" in out
 
 
 def test_conditions_add_up() -> None:

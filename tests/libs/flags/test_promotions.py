@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from libs.flags import cli
+from libs.flags import cli, promotions
 from libs.flags.catalog import CATALOG
 from libs.flags.errors import UserError, run_entry
 from libs.flags.promotions import Promotion, promote, raised, read_promotions
 from libs.flags.registry import GateSpec, Kind, Stage, build_catalog
 from tests.libs.flags.receipts import receipt, write
 
+ROOT = Path(__file__).resolve().parents[3]
 MakeSpec = Callable[..., GateSpec]
 STAGES = ("off", "python_precompute", "gmem_pool", "bwd_fwd_reuse")
 
@@ -83,6 +89,43 @@ def test_a_receipt_elsewhere_is_no_evidence(psiv: GateSpec, file: Path, tmp_path
         promote(psiv, None, path, root=tmp_path, file=file)
 
 
+def test_a_receipt_of_another_name_and_links_that_go_round(psiv: GateSpec, file: Path, tmp_path: Path) -> None:
+    path = write(receipt(), tmp_path)
+    copy = path.rename(path.with_name("copy.json"))
+    with pytest.raises(UserError, match=r"is not named receipt\.json"):
+        promote(psiv, None, copy, root=tmp_path, file=file)
+    path.symlink_to(path)
+    with pytest.raises(UserError, match="cannot read the receipt"):
+        promote(psiv, None, path, root=tmp_path, file=file)
+    assert read_promotions(file) == ()
+
+
+def test_promotions_at_the_same_time_are_all_kept(
+    psiv: GateSpec, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits, with what it has read, for as long as the other could write."""
+    first = write(receipt(), tmp_path)
+    second = write(receipt(comparison={"value": "python_precompute"}), tmp_path, "2026-01-03_step_psiv_cache_box")
+    reading = threading.Barrier(2)
+
+    def read(path: Path) -> tuple[Promotion, ...]:
+        found = read_promotions(path)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            reading.wait(0.3)
+        return found
+
+    monkeypatch.setattr(promotions, "read_promotions", read)
+    work = [
+        threading.Thread(target=promote, args=(psiv, None, path), kwargs={"root": tmp_path, "file": file})
+        for path in (first, second)
+    ]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join()
+    assert {row.value for row in read_promotions(file)} == {"gmem_pool", "python_precompute"}
+
+
 def test_the_program_refuses_a_forward_gain(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +176,29 @@ def test_a_damaged_file_stops_the_program(file: Path, content: str) -> None:
     file.unlink()
     with pytest.raises(UserError, match="part of the program"):
         read_promotions(file)
+
+
+@pytest.mark.parametrize("words", [["flags", "list"], ["flags", "status", "--json"], ["doctor"], ["bench", "--help"]])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("<<<<<<< HEAD\n", "promotions.json is damaged: Invalid JSON"),
+        (f'{{"promotions": [{_promotion("nothing", "on").model_dump_json()}]}}', "not in the catalogue"),
+    ],
+)
+def test_every_command_says_that_the_file_is_damaged(tmp_path: Path, words: list[str], content: str, said: str) -> None:
+    """Of a checkout in which a merge was left unfinished. What needs no gate still answers."""
+    for name in ("apps", "libs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "libs" / "flags" / "promotions.json").write_text(content)
+    command = [sys.executable, "-m", "apps.cli", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    if "--help" in words:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        assert done.stderr.startswith("error: ")
+        assert said in done.stderr
 
 
 def test_the_shipped_file_is_what_the_catalogue_says() -> None:

@@ -163,6 +163,8 @@ def test_a_snapshot_is_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--api-key=x", "y"], ["--api-key=[redacted]", "y"]),
         (["--password", "x", "y"], ["--password", "[redacted]", "y"]),
         (["--password", "--verbose"], ["--password", "--verbose"]),
+        (["--api.token", "-secret", "x"], ["--api.token", "[redacted]", "x"]),
+        (["--accesskey", "x"], ["--accesskey", "[redacted]"]),
         (["--tokenizer", "bpe:4096"], ["--tokenizer", "bpe:4096"]),
         (["--max_tokens=5"], ["--max_tokens=5"]),
         (["token"], ["token"]),

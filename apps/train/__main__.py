@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None, guard: SignalGuard) -> ExitStatus:
-    from apps.train.arguments import DEFAULT_RECIPE, parse_arguments, resolve_arguments
+    from apps.train.arguments import parse_arguments, resolve_arguments
     from apps.train.dry_run import dry_run
     from apps.train.origins import describe
 
@@ -39,8 +39,8 @@ def _main(argv: Sequence[str] | None, guard: SignalGuard) -> ExitStatus:
             from apps.train.aot import aot
 
             command = ["fathom", "train", *(sys.argv[1:] if argv is None else argv)]
-            recipe = arguments.recipe or DEFAULT_RECIPE
-            return aot(resolved.config, recipe, arguments.aot, command=command, quick=arguments.aot_quick)
+            slice_name, recipe = arguments.aot, arguments.named_recipe
+            return aot(resolved.config, recipe, slice_name, command=command, quick=arguments.aot_quick)
         if arguments.dry_run:
             return dry_run(resolved.config)
         print(describe(resolved))

@@ -27,10 +27,12 @@ from libs.flags.environment import Launch, fathom_variables
 from libs.flags.errors import UserError, nearest
 
 DEFAULT_RECIPE = "cpu_demo"
-# What an interrupted run may be told anew: nothing that changes a weight, a loss or the order of data.
+# What an interrupted run may be told anew: nothing that changes a weight, a loss or the order of data, but for the
+# layout, which is equal up to rounding.
 RESUMABLE = (
-    "checkpoint.", "log.", "parallel.", "train.stop_after", "train.device_memory", "train.device_name",
-    "xla.strict_compile",
+    "checkpoint.", "log.", "train.stop_after", "train.device_memory", "train.device_name", "xla.strict_compile",
+    "parallel.dp", "parallel.cp", "parallel.tp", "parallel.sequence_parallel", "parallel.shard_optimizer",
+    "parallel.engine", "parallel.timeout_s",
 )  # fmt: skip
 
 
@@ -48,6 +50,11 @@ class Arguments(NamedTuple):
     aot: str | None
     aot_quick: bool
     settings: tuple[str, ...]
+
+    @property
+    def named_recipe(self) -> str:
+        """The recipe of a new run, the default one where none was given; an empty name is no recipe."""
+        return DEFAULT_RECIPE if self.recipe is None else self.recipe
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Arguments:
@@ -135,7 +142,7 @@ def resolve_arguments(arguments: Arguments, this: Launch | None = None) -> tuple
     """
     identity, resolved = _resolve(arguments)
     if identity is None:
-        identity = new_identity(resolved.config, arguments.recipe or DEFAULT_RECIPE, arguments.run_dir, this)
+        identity = new_identity(resolved.config, arguments.named_recipe, arguments.run_dir, this)
     return identity, resolved
 
 
@@ -163,7 +170,7 @@ def after_restart(arguments: Arguments, this: Launch) -> Arguments:
         found: Path | None = Path(arguments.run_dir)
     else:
         runs_dir = resolve_settings(arguments).config.log.runs_dir
-        found = run_of_job(runs_dir, arguments.recipe or DEFAULT_RECIPE, this)
+        found = run_of_job(runs_dir, arguments.named_recipe, this)
     if found is None:
         return arguments
     if not is_run(found):
@@ -175,17 +182,21 @@ def _resolve(arguments: Arguments) -> tuple[Identity | None, Resolved]:
     over: list[Layer] = [file_layer(Path(path)) for path in arguments.config]
     over += [environment_layer(fathom_variables()), command_line_layer(arguments.settings)]
     if arguments.resume is None:
-        recipe = arguments.recipe or DEFAULT_RECIPE
-        return None, resolve_config([recipe_layer(recipe), *over])
+        return None, resolve_config([recipe_layer(arguments.named_recipe), *over])
     identity, saved = saved_run(arguments.resume)
     resolved = resolve_config([saved_layer(saved.config.to_json(), saved.origins), *over])
     _refuse_changes(saved, resolved)
     return identity, resolved
 
 
+def _may_change(key: str, before: object, now: object) -> bool:
+    # FP8 or not is a gate's value, and accepted by name; from one recipe to another no gate would notice.
+    return key.startswith(RESUMABLE) or (key == "parallel.fp8_recipe" and None in (before, now))
+
+
 def _refuse_changes(saved: Resolved, resolved: Resolved) -> None:
     before, now = flat_values(saved.config), flat_values(resolved.config)
-    changed = [key for key in now if now[key] != before.get(key) and not key.startswith(RESUMABLE)]
+    changed = [key for key in now if now[key] != before.get(key) and not _may_change(key, before.get(key), now[key])]
     if changed:
         allowed = ", ".join(name + ("*" if name.endswith(".") else "") for name in RESUMABLE)
         lines = [f"  {key}: {before.get(key)!r} in the run, {now[key]!r} ({resolved.origins[key]})" for key in changed]

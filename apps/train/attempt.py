@@ -9,6 +9,7 @@ import sys
 
 from apps.train.anomaly import NonFiniteStop
 from apps.train.arguments import Arguments
+from apps.train.circumstances import Circumstances, in_checkpoint, in_log
 from apps.train.facts import rank_tokens
 from apps.train.kernels import check_scan
 from apps.train.loop import Run, train
@@ -62,22 +63,23 @@ def _attempt(agreed: Agreed, guard: SignalGuard) -> ExitStatus:
 def _train_in(session: Session, agreed: Agreed, guard: SignalGuard) -> ExitStatus:
     setup, groups, arguments = agreed.setup, agreed.groups, agreed.arguments
     assert not isinstance(setup.gates, GateRefused), "refused gates have no session"
-    resumes = arguments.resume is not None
-    restored = find_checkpoint(session, arguments.from_step, groups) if resumes else None
-    state = None if restored is None else restored.state
+    restored, before = None, Circumstances()
+    if arguments.resume is not None:
+        restored = find_checkpoint(session, arguments.from_step, groups)
+        before = in_log(session.run_dir, session.log.attempt) if restored is None else in_checkpoint(restored.state)
     put_gates_in_force(
         session,
         setup.gates,
-        before=None if state is None else state.gates,
-        anchor=None if state is None else state.audit_anchor,
+        before=before.gates,
+        anchor=None if restored is None else restored.state.audit_anchor,
         accepted=set(arguments.accept_gate_change),
     )
-    if groups.world.rank == 0:
-        if not resumes:
-            write_config(session.identity, session.resolved)
-        point_latest(session.identity, session.config.log.runs_dir)
+    if groups.world.rank == 0 and arguments.resume is None:
+        write_config(session.identity, session.resolved)
     assert setup.corpus is not None, "gates are in order, so the data was opened"
-    run = assemble(session, guard, Started(setup.lane, setup.gates, setup.corpus), groups, restored)
+    run = assemble(session, guard, Started(setup.lane, setup.gates, setup.corpus), groups, restored, before)
+    if groups.world.rank == 0:
+        point_latest(session.identity, session.config.log.runs_dir)
     try:
         _greet(run)
         with together(groups.world, "checking the kernels"):

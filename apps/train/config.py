@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
@@ -38,9 +39,17 @@ class DataSection(Section):
     dir: str = "data/installed_cpp"
     window: int = Field(default=1024, ge=2, description="tokens of one packed window")
     windows_per_batch: int = Field(default=4, ge=1, description="windows of one micro-batch")
-    seed: int = Field(default=0, ge=0, description="seed of the order of windows")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the order of windows")
     valid_tokens: int = Field(default=65_536, ge=1, description="held-out tokens that are scored")
     valid_document_tokens: int = Field(default=4096, ge=2, description="longer ones are left out, counted")
+
+    def refuse_uneven(self, replicas: int, named: str) -> None:
+        """Raises UserError: micro-batches that the replicas, which the user knows as `named`, cannot share."""
+        if self.windows_per_batch % replicas:
+            raise UserError(
+                f"data.windows_per_batch = {self.windows_per_batch} cannot be shared by {named} = {replicas} "
+                "replicas; use a multiple"
+            )
 
 
 class OptimSection(Section):
@@ -68,7 +77,7 @@ class TrainSection(Section):
 
     steps: int = Field(default=500, ge=1)
     grad_accumulation: int = Field(default=1, ge=1)
-    seed: int = Field(default=0, ge=0, description="seed of the initial weights")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of the initial weights")
     device: Literal["auto", "cpu", "cuda", "tpu", "xla"] = Field(
         default="auto", description="tpu: torch_xla on a TPU; xla: torch_xla on this machine's CPU"
     )
@@ -193,5 +202,10 @@ class TrainConfig(Section):
 
     def hash(self) -> str:
         """sha256 of the canonical JSON of every value."""
-        canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        return hash_values(self.to_json())
+
+
+def hash_values(values: Mapping[str, Any]) -> str:
+    """The hash of a config of any version by its JSON values, as they were written."""
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from apps.train.backends import refuse_backends
 from apps.train.config import TrainConfig
 from apps.train.facts import Machine, facts_of, rank_model, rank_tokens, step_memory
 from apps.train.fp8 import fp8_plan_line
@@ -110,6 +111,7 @@ def dry_run(config: TrainConfig) -> ExitStatus:
     machine, layout = planned_machine(config, target), planned_layout(config)
     facts = facts_of(config, machine, planned_backend(config.train.mimo_backend, machine), layout)
     gates = resolve(fathom_variables(), facts)
+    refuse_backends(config.train, torch.device(facts.device if facts.device != "tpu" else "xla"), gates)
     with torch.device("meta"):
         model = HybridLM(architecture, activation_checkpointing=config.train.activation_checkpointing)
     counted, of_rank = parameter_count(architecture), parameter_count(rank_model(config, layout))
@@ -152,18 +154,14 @@ def planned_layout(config: TrainConfig) -> Layout:
     Raises:
         UserError: a tp that cannot shard the model, or micro-batches that the replicas cannot share.
     """
-    parallel, windows = config.parallel, config.data.windows_per_batch
+    parallel = config.parallel
     layout, rows_cut_by = Layout(parallel.dp or 1, parallel.cp, parallel.tp), "parallel.dp"
     if config.train.device in XLA_RUNTIMES:
         # One process drives all chips; each has its rows, and its cut of a layer where there is a tensor axis.
         mesh = _xla_mesh(config)
         layout, rows_cut_by = Layout(mesh.data * mesh.fsdp, 1, mesh.tensor), "xla.data * xla.fsdp"
     check_tensor_parallel(config.model.architecture(), layout.tp)
-    if windows % layout.dp:
-        raise UserError(
-            f"data.windows_per_batch = {windows} cannot be shared by {rows_cut_by} = {layout.dp} replicas; "
-            "use a multiple"
-        )
+    config.data.refuse_uneven(layout.dp, rows_cut_by)
     return layout
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,10 +148,17 @@ class LineSink:
         self._print(text)
 
     def close(self) -> None:
-        self._stream.flush()
+        """Every line is flushed already, where there is a stream at all."""
 
     def _print(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        try:
+            print(line, file=self._stream, flush=True)
+        except BrokenPipeError:
+            # The reader has gone, as in `| head`: training goes on unheard, and what is still to be flushed at the
+            # exit goes nowhere too.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
 
 def _numbers(scalars: dict[str, float]) -> str:

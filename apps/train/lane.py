@@ -161,7 +161,7 @@ def set_threads(settings: TrainSection, recorded: int | None) -> Choice:
     `recorded`: what the run used before it was interrupted, None at first. Sums depend on it, so it is kept.
     """
     if recorded is not None:
-        choice = Choice(str(recorded), "as in the checkpoint: sums depend on the number of threads")
+        choice = Choice(str(recorded), "as before the interruption: sums depend on the number of threads")
     elif settings.threads is not None:
         choice = Choice(str(settings.threads), "requested by number")
     else:

@@ -313,7 +313,7 @@ def save(run: Run, writer: CheckpointWriter, saves: Saves) -> None:
         writer.begin(
             model=run.model,
             optimizer=run.optimizer,
-            tokenizer_file=run.validation.data.path / "tokenizer.json",
+            tokenizer=run.validation.data.tokenizer,
             state=_state(run, saves.anchor),
         )
     progress.saved_at = progress.step

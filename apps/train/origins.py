@@ -88,10 +88,12 @@ def file_layer(path: Path, *, origin: str | None = None) -> Layer:
 
 def _toml_layer(text: str, *, origin: str) -> Layer:
     try:
-        tree = tomllib.loads(text)
+        values = _flatten(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{origin} is not valid TOML: {error}") from error
-    return {key: Setting(value, origin) for key, value in _flatten(tree).items()}
+    except RecursionError as error:
+        raise UserError(f"{origin} is nested too deeply to be settings, which are [section] and key = value") from error
+    return {key: Setting(value, origin) for key, value in values.items()}
 
 
 def environment_layer(variables: Mapping[str, str]) -> Layer:

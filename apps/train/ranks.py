@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from apps.train.arguments import DEFAULT_RECIPE, Arguments, after_restart, resolve_arguments, resolve_settings
+from apps.train.arguments import Arguments, after_restart, resolve_arguments, resolve_settings
+from apps.train.backends import refuse_backends
 from apps.train.engine import refuse_engine, wants_process_group
 from apps.train.facts import gather_facts
 from apps.train.fp8 import settle_fp8
@@ -62,7 +63,7 @@ class Agreed(NamedTuple):
 
 
 def prepare(arguments: Arguments, this: Launch) -> Setup:
-    """Everything that can be refused without writing: settings, layout, device, gates, data.
+    """Everything that can be refused without writing: settings, layout, device, gates, backends, data.
 
     Raises:
         UserError: as the parts do.
@@ -75,11 +76,15 @@ def prepare(arguments: Arguments, this: Launch) -> Setup:
     config = resolved.config
     layout = config.parallel.layout(this.world_size)
     check_tensor_parallel(config.model.architecture(), layout.tp)
+    config.data.refuse_uneven(layout.dp, "parallel.dp")
     refuse_missing_sinks(config.log)
     lane = choose_lane(config.train, this.local_rank, config.xla)
     refuse_engine(config.parallel, lane)
     gates = settle_fp8(gates_or_refusal(gather_facts(config, lane, layout)), config, layout)
-    corpus = open_corpus(config) if isinstance(gates, GateSet) else None
+    corpus = None
+    if isinstance(gates, GateSet):
+        refuse_backends(config.train, lane.device, gates)
+        corpus = open_corpus(config)
     return Setup(identity, resolved, layout, lane, gates, corpus)
 
 
@@ -143,7 +148,7 @@ def _items(setup: Setup) -> dict[str, str]:
 
 def _decide(arguments: Arguments, this: Launch, setup: Setup) -> dict[str, object]:
     """Which run this is: rank 0's to say, since only one may look for a free directory."""
-    config, recipe = setup.resolved.config, arguments.recipe or DEFAULT_RECIPE
-    identity = setup.identity or new_identity(config, recipe, arguments.run_dir, this)
+    config = setup.resolved.config
+    identity = setup.identity or new_identity(config, arguments.named_recipe, arguments.run_dir, this)
     told = {"run_dir": str(identity.run_dir.resolve()), "attempt": next_attempt(identity.run_dir)}
     return {**identity._asdict(), **told}

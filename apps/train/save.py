@@ -37,9 +37,11 @@ from libs.model.checkpoint import (
     committed_checkpoints,
     seal,
     staging_directory,
+    unfinished_checkpoints,
     verify_checkpoint,
 )
 from libs.model.shard_files import LocalTensors, read_layout
+from libs.model.text.tokenizer import Tokenizer
 from libs.model.weights import load_parameters, read_parameters
 from libs.parallel.mesh import Groups, single
 from libs.parallel.together import everyones, first_does, run_together
@@ -182,7 +184,7 @@ def save_checkpoint(
     *,
     model: HybridLM,
     optimizer: AnyOptimizer,
-    tokenizer_file: Path,
+    tokenizer: Tokenizer,
     state: TrainerState,
     groups: Groups | None = None,
 ) -> Saved:
@@ -196,7 +198,7 @@ def save_checkpoint(
     try:
         staging = stage(final, groups)
         state_json, held = state.model_dump_json(indent=1), held_state(model, optimizer, groups)
-        jobs = file_jobs(take_snapshot(model, held, tokenizer_file, state_json, groups, copy=False))
+        jobs = file_jobs(take_snapshot(model, held, tokenizer, state_json, groups, copy=False))
         sealed = run_together(groups.world, f"saving {final}", lambda: write_files(staging, jobs, sealed=several))
         digest = commit_files(staging, final, sealed, groups)
     except BaseException:
@@ -217,6 +219,7 @@ def _first(groups: Groups | None, what: str, work: Callable[[], Value]) -> Value
 def _prune(run_dir: Path, keep_last: int, keep_every: int | None) -> list[int]:
     old = committed_steps(run_dir)[:-keep_last]
     gone = [step for step in old if keep_every is None or step % keep_every]
+    gone = [step for step in gone if not checkpoint_dir(run_dir, step).is_symlink()]  # kept elsewhere: not ours
     for step in gone:
         # Without its marker a half-deleted checkpoint is not one.
         (checkpoint_dir(run_dir, step) / MARKER).unlink()
@@ -225,15 +228,12 @@ def _prune(run_dir: Path, keep_last: int, keep_every: int | None) -> list[int]:
 
 
 def remove_unfinished(run_dir: Path, groups: Groups | None = None) -> list[Path]:
-    """Delete what an interrupted save or deletion left: everything of a step that has no marker."""
+    """Delete what an interrupted save or deletion left, and nothing else that lies there; the folders deleted."""
     return _first(groups, "removing unfinished", lambda: _remove_unfinished(run_dir))
 
 
 def _remove_unfinished(run_dir: Path) -> list[Path]:
-    committed = committed_checkpoints(run_dir)
-    folder = run_dir / CHECKPOINTS
-    left = [path for path in folder.iterdir() if path not in committed] if folder.is_dir() else []
-    left = [path for path in left if path.name != SUPERSEDED]
+    left = unfinished_checkpoints(run_dir)
     for path in left:
         shutil.rmtree(path)
     return left

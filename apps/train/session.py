@@ -11,13 +11,13 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from apps.train.anomaly import NonFiniteStop
-from apps.train.config import TrainConfig
+from apps.train.config import TrainConfig, hash_values
 from apps.train.origins import Resolved, resolve_config, saved_layer
 from apps.train.signals import Interrupted, SignalGuard
 from libs.flags.audit import AuditLog
@@ -143,7 +143,7 @@ def saved_run(run: str) -> tuple[Identity, Resolved]:
     """What an existing run is, and the config it began with.
 
     Raises:
-        UserError: not a run directory, or a config this version does not read.
+        UserError: not a run directory, or a config that this version does not read or that was edited since.
     """
     run_dir = resolve_run(Path(run))
     path = run_dir / CONFIG_FILE
@@ -159,8 +159,14 @@ def saved_run(run: str) -> tuple[Identity, Resolved]:
         saved = json.loads(path.read_text(encoding="utf-8"))
         identity = Identity(run_dir.resolve(), saved["run_id"], saved["recipe"])
         layer = saved_layer(saved["config"], saved["origins"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        edited = hash_values(saved["config"]) != saved["config_hash"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from error
+    if edited:
+        raise UserError(
+            f"{path} is not what the run began with: its config does not have its config_hash; put the file back as "
+            "it was, and give what may change on resume as --section.key VALUE"
+        )
     return identity, resolve_config([layer])
 
 
@@ -296,10 +302,16 @@ def write_config(identity: Identity, resolved: Resolved) -> None:
 
 
 def point_latest(identity: Identity, runs_dir: str) -> None:
-    """runs/latest -> this run, when it lies in the folder of runs."""
+    """runs/latest -> this run, when it lies in the folder of runs. A convenience: a run goes on without it, warned."""
     folder = Path(runs_dir)
     if identity.run_dir.resolve().parent != folder.resolve():
         return
     aside = folder / f".{LATEST}-{os.getpid()}"
-    aside.symlink_to(identity.run_dir.name)
-    aside.replace(folder / LATEST)
+    try:
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(identity.run_dir.name)
+        aside.replace(folder / LATEST)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        print(f"warning: {folder / LATEST} does not point to this run: {error}", file=sys.stderr)

@@ -5,7 +5,6 @@ Not for when or where (save.py, writer.py) nor for what is inside a file (libs.m
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from torch import Tensor
 from apps.train.optim import HeldState
 from libs.model import HybridLM
 from libs.model.shard_files import LAYOUT_FILE, SavedLayout, shard_name, write_shard
+from libs.model.text.tokenizer import Tokenizer
 from libs.model.weights import CONFIG_FILE, WEIGHTS_FILE, save_model, write_config
 from libs.parallel.mesh import Groups
 
@@ -35,7 +35,7 @@ class Snapshot(NamedTuple):
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     parts: int
-    tokenizer_file: Path
+    tokenizer: Tokenizer
     state_json: str
     groups: Groups
 
@@ -50,7 +50,7 @@ class FileJob(NamedTuple):
 def take_snapshot(
     model: HybridLM,
     optimizer: HeldState,
-    tokenizer_file: Path,
+    tokenizer: Tokenizer,
     state_json: str,
     groups: Groups,
     *,
@@ -70,7 +70,7 @@ def take_snapshot(
     else:
         weights = on_host(dict(model.named_parameters()), copy) if groups.dp_cp.rank == 0 else {}
     moments = on_host(optimizer.tensors, copy and not optimizer.copied)
-    return Snapshot(model, weights, moments, optimizer.parts, tokenizer_file, state_json, groups)
+    return Snapshot(model, weights, moments, optimizer.parts, tokenizer, state_json, groups)
 
 
 def file_jobs(snapshot: Snapshot) -> list[FileJob]:
@@ -93,7 +93,7 @@ def file_jobs(snapshot: Snapshot) -> list[FileJob]:
     elif part == 0 or snapshot.parts > 1:
         jobs.append(shard(shard_name("optimizer", tp.rank, tp.size, part, snapshot.parts), snapshot.optimizer))
     if groups.world.rank == 0:
-        jobs.append(FileJob((TOKENIZER,), lambda folder: _copy(snapshot.tokenizer_file, folder / TOKENIZER)))
+        jobs.append(FileJob((TOKENIZER,), lambda folder: snapshot.tokenizer.save(folder / TOKENIZER)))
         jobs.append(FileJob((STATE,), lambda folder: _write_text(folder / STATE, snapshot.state_json)))
         if tp.size > 1:
             jobs.append(FileJob((CONFIG_FILE,), lambda folder: write_config(folder, config)))
@@ -101,10 +101,6 @@ def file_jobs(snapshot: Snapshot) -> list[FileJob]:
             layout = _saved_layout(groups, snapshot.parts).model_dump_json(indent=1)
             jobs.append(FileJob((LAYOUT_FILE,), lambda folder: _write_text(folder / LAYOUT_FILE, layout)))
     return jobs
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from apps.train.circumstances import Circumstances, refuse_others
 from apps.train.compiles import CompileWatch
 from apps.train.config import TrainConfig
 from apps.train.data.loader import BatchLoader
@@ -128,18 +129,21 @@ def assemble(
     setup: Started,
     groups: Groups,
     restored: Restored | None,
+    before: Circumstances,
 ) -> Run:
     """Build everything, restoring it from `restored` if there is one, and record what was built.
 
+    before: what the run was at work with.
+
     Raises:
-        UserError: the checkpoint is of other data, model, precision or device. Interrupted: by a signal.
+        UserError: that was other data, precision, device or torch, or the checkpoint is of another model. Interrupted:
+            by a signal.
     """
     config, state = session.config, None if restored is None else restored.state
     lane, corpus, alone = setup.lane, setup.corpus, groups.world.size == 1
     with together(groups.world, "starting"):
-        if state is not None:
-            _refuse_other_circumstances(state, corpus, lane)
-        threads = set_threads(config.train, None if state is None else state.threads)
+        refuse_others(before, corpus.train.fingerprint, lane)
+        threads = set_threads(config.train, before.threads)
         if alone:
             guard.check()
         torch.manual_seed(config.train.seed if alone else role_seeds(config.train.seed, groups).sharded)
@@ -184,21 +188,6 @@ def assemble(
         first_step=progress.step,
         first_update=None if watch is None else watch(),
     )
-
-
-def _refuse_other_circumstances(state: TrainerState, corpus: Corpus, lane: Lane) -> None:
-    """A resumed run must read the same data and compute in the same way."""
-    pairs = {
-        "data fingerprint": (state.data_fingerprint, corpus.train.fingerprint),
-        "precision": (state.precision, lane.precision),
-        "device": (state.device, lane.device.type),
-    }
-    for what, (before, now) in pairs.items():
-        if before != now:
-            raise UserError(
-                f"the checkpoint of step {state.step} was written with {what} {before!r}, now it is {now!r}; "
-                "resume with what the run began with, or start a new run"
-            )
 
 
 def _sinks(session: Session, groups: Groups, progress: Progress) -> Sequence[Sink]:

@@ -28,6 +28,7 @@ from apps.train.save import (
 from apps.train.snapshot import FileJob, file_jobs, take_snapshot
 from libs.model import HybridLM
 from libs.model.checkpoint import FileRecord
+from libs.model.text.tokenizer import Tokenizer
 from libs.parallel.mesh import Groups
 from libs.parallel.together import Background, together
 
@@ -93,7 +94,7 @@ class CheckpointWriter:
         """Whether a save has begun that is neither committed nor given up."""
         return self._pending is not None
 
-    def begin(self, *, model: HybridLM, optimizer: AnyOptimizer, tokenizer_file: Path, state: TrainerState) -> None:
+    def begin(self, *, model: HybridLM, optimizer: AnyOptimizer, tokenizer: Tokenizer, state: TrainerState) -> None:
         """Save the present step: committed when this returns, or once the thread is through.
 
         Raises:
@@ -108,7 +109,7 @@ class CheckpointWriter:
                     self._run_dir,
                     model=model,
                     optimizer=optimizer,
-                    tokenizer_file=tokenizer_file,
+                    tokenizer=tokenizer,
                     state=state,
                     groups=groups,
                 )
@@ -116,7 +117,7 @@ class CheckpointWriter:
                 staging, stop = stage(final, groups), threading.Event()
                 state_json, held = state.model_dump_json(indent=1), held_state(model, optimizer, groups)
                 with together(groups.world, f"copying what goes into {final}"):  # host memory may be short on one
-                    jobs = file_jobs(take_snapshot(model, held, tokenizer_file, state_json, groups, copy=True))
+                    jobs = file_jobs(take_snapshot(model, held, tokenizer, state_json, groups, copy=True))
                 work = Background(groups.world, f"saving {final}", lambda: _write_until(stop, staging, jobs))
                 self._pending = _Pending(final, staging, started, jobs, stop, work)
                 return

@@ -284,6 +284,7 @@ def _across(attempts: Sequence[Attempt]) -> Findings:
     fingerprint: str | None = None
     trained = False
     committed: set[int | None] = set()
+    nothing_to_restore = True
     for attempt in attempts:
         restored = False
         for entry in attempt:
@@ -291,6 +292,8 @@ def _across(attempts: Sequence[Attempt]) -> Findings:
             # A crash can come between the marker and the line that tells of it: begun and not given up is enough.
             if isinstance(event, CheckpointBegin | CheckpointCommit):
                 committed.add(step)
+            if isinstance(event, CheckpointCommit):
+                nothing_to_restore = False
             if isinstance(event, CheckpointAbort):
                 committed.discard(step)
             if isinstance(event, CheckpointRestore):
@@ -303,7 +306,9 @@ def _across(attempts: Sequence[Attempt]) -> Findings:
                     yield Finding("data", entry.line, f"data {event.fingerprint}, earlier attempts had {fingerprint}")
                 fingerprint = event.fingerprint
             if isinstance(event, TrainStep) and trained and not restored:
-                yield Finding("steps", entry.line, "training goes on in a new attempt without checkpoint.restore")
+                # Interrupted before the first commit, a run begins anew.
+                if not (nothing_to_restore and step == 1):
+                    yield Finding("steps", entry.line, "training goes on in a new attempt without checkpoint.restore")
                 restored = True
         trained = trained or any(isinstance(entry.event, TrainStep) for entry in attempt)
 

@@ -23,7 +23,9 @@ MANIFEST = "MANIFEST.json"
 MARKER = "COMMITTED"
 CHECKPOINTS = "checkpoints"
 MANIFEST_VERSION = 1
+_NAME_BYTES = 255
 _STEP = re.compile(r"step-(\d{8,})")
+_STAGING = re.compile(rf"\.({_STEP.pattern})\.partial")
 
 
 class FileRecord(NamedTuple):
@@ -112,11 +114,13 @@ def commit(staging_dir: Path, final_dir: Path, sealed: Mapping[str, FileRecord] 
         sealed: {path inside the directory: its record} of files that are hashed and flushed already.
 
     Raises:
-        UserError: `final_dir` is already a committed checkpoint, or a sealed file is not here.
+        UserError: `final_dir` is already a committed checkpoint or no folder, or a sealed file is not here.
         OSError: as it comes (disk full).
     """
     if (final_dir / MARKER).exists():
         raise UserError(f"{final_dir} is already a committed checkpoint; it is never overwritten")
+    if final_dir.is_symlink() or final_dir.is_file():
+        raise UserError(f"{final_dir} is in the way of a checkpoint, and no folder of one: move it, and resume the run")
     digest = write_manifest(staging_dir, sealed)
     flushed = {staging_dir / name for name in sealed or {}}
     for path in [*_content(staging_dir), staging_dir / MANIFEST]:
@@ -161,8 +165,8 @@ def verify_checkpoint(directory: Path, *, reader: int = 0, readers: int = 1) -> 
             checked by all.
 
     Raises:
-        UserError: not committed, or naming the file that is missing, extra, or of other bytes than were
-            committed.
+        UserError: not committed, of another manifest version, or naming the file that is missing, extra, or of other
+            bytes than were committed.
     """
     if not (directory / MARKER).exists():
         raise UserError(
@@ -173,6 +177,11 @@ def verify_checkpoint(directory: Path, *, reader: int = 0, readers: int = 1) -> 
     digest = _sha256(directory / MANIFEST)
     if digest != expected:
         raise UserError(f"corrupt checkpoint {directory}: {MANIFEST} has sha256 {digest}, committed as {expected}")
+    if (version := manifest.get("manifest_version")) != MANIFEST_VERSION:
+        raise UserError(
+            f"{directory}: {MANIFEST} is of version {version!r}, this version of fathom reads {MANIFEST_VERSION}; "
+            "use the version that wrote it"
+        )
     # The manifest's own bytes are right, so its layout is ours.
     files: dict[str, dict[str, Any]] = manifest["files"]
     present = {path.relative_to(directory).as_posix(): path for path in _content(directory)}
@@ -210,11 +219,37 @@ def committed_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(steps, key=steps.__getitem__)
 
 
+def unfinished_checkpoints(run_dir: Path) -> list[Path]:
+    """What an interrupted save or deletion left: folders of a step without marker, and those written aside.
+
+    Links, files and every other name in the folder of checkpoints are somebody else's.
+    """
+    parent = run_dir / CHECKPOINTS
+    found = (path for path in (parent.iterdir() if parent.is_dir() else ()) if path.is_dir() and not path.is_symlink())
+    return sorted(
+        path
+        for path in found
+        if _STAGING.fullmatch(path.name) or (checkpoint_step(path) is not None and not (path / MARKER).exists())
+    )
+
+
 def resolve_run(path: Path) -> Path:
-    """Follow a `latest` pointer (a symlink, or a file that holds a run's name) to the run directory."""
-    if path.is_file():
-        return path.parent / path.read_text(encoding="utf-8").strip()
-    return path
+    """Follow a `latest` pointer (a symlink, or a file that holds a run's name) to the run directory.
+
+    Raises:
+        UserError: a file that is no such pointer.
+    """
+    if not path.is_file():
+        return path
+    with path.open("rb") as file:
+        content = file.read(_NAME_BYTES + 2)
+    try:
+        name = content.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        name = ""
+    if not name or len(name.encode()) > _NAME_BYTES or len(name.splitlines()) > 1:
+        raise UserError(f"{path} is a file, not a run or checkpoint folder; did you mean {path.parent}?")
+    return path.parent / name
 
 
 def resolve_checkpoint(run_or_dir: Path) -> Path:

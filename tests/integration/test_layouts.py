@@ -119,7 +119,10 @@ def test_a_layout_that_does_not_fit(run_job: RunJob, recipe: Path, tmp_path: Pat
     cases = (
         (("--parallel.tp", "3"), "a multiple of 3 processes"),
         (("--parallel.dp", "2", "--parallel.tp", "2"), "dp*cp*tp = 2*1*2 = 4 processes, but there are 2"),
-        (("--parallel.dp", "2", "--data.windows_per_batch", "1"), "1 windows per batch cannot be shared by 2 ranks"),
+        (
+            ("--parallel.dp", "2", "--data.windows_per_batch", "1"),
+            "data.windows_per_batch = 1 cannot be shared by parallel.dp = 2",
+        ),
         (("--parallel.tp", "2", "--model.mixer.ngroups", "1"), "ngroups=1"),
         (("--parallel.engine", "megatron"), "needs a CUDA device"),
     )

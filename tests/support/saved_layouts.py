@@ -27,6 +27,7 @@ from apps.train.optim import build_optimizer, optimizer_tensors
 from apps.train.writer import CheckpointWriter
 from libs.flags.errors import UserError
 from libs.model import HybridLM, no_decay
+from libs.model.text.tokenizer import Tokenizer
 from libs.parallel.mesh import Groups, Layout, Parallel, open_groups
 from libs.parallel.together import everyones, first_does, run_together
 from tests.support.ranks import TIMEOUT
@@ -140,20 +141,19 @@ def message(work: Callable[[], object]) -> str:
 
 
 class Job:
-    """One rank's view of the job: a folder of all ranks, a tokenizer file, and the whole run's values."""
+    """One rank's view of the job: a folder of all ranks, a tokenizer, and the whole run's values."""
 
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
         self.folder = Path(everyones(groups.world, tempfile.mkdtemp() if groups.world.rank == 0 else "")[0])
-        self.tokenizer = self.folder / f"tokenizer-{groups.world.rank}"
-        self.tokenizer.write_text("{}")
+        self.tokenizer = Tokenizer.bytes_tokenizer()
         self.model, self.optimizer = whole_run(2)
         self.weights, self.moments = whole_tensors(self.model, self.optimizer)
 
     def filled(self, groups: Groups, sharded: bool = False) -> dict[str, Any]:
         model, optimizer = built(groups, sharded)
         fill(model, optimizer, self.weights, self.moments, groups)
-        return {"model": model, "optimizer": optimizer, "tokenizer_file": self.tokenizer}
+        return {"model": model, "optimizer": optimizer, "tokenizer": self.tokenizer}
 
     def run(self, name: str) -> Path:
         return self.folder / name.replace(" ", "_")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from libs.flags.catalog import CATALOG
 from libs.flags.installed import value_of
+from libs.flags.registry import GateValue
 from libs.kernels.loss.liger import GATE
 
 
@@ -16,9 +17,18 @@ def requested_backend(configured: str) -> str:
     Asking records the gate's exposure.
 
     Raises:
-        ValueError: config and gate contradict each other. GatesNotInstalled: the program has not resolved its gates.
+        ValueError: as `backend_under`. GatesNotInstalled: the program has not resolved its gates.
     """
-    variable, gated = CATALOG[GATE].variable, value_of(GATE) == "liger"
+    return backend_under(value_of(GATE), configured)
+
+
+def backend_under(value: GateValue, configured: str) -> str:
+    """The same by the gate's value, before gates are installed.
+
+    Raises:
+        ValueError: config and gate contradict each other.
+    """
+    variable, gated = CATALOG[GATE].variable, value == "liger"
     if configured == "liger" and not gated:
         raise ValueError(f"loss backend 'liger' is behind a gate: set {variable}=liger, or choose auto or chunked")
     if gated and configured not in ("auto", "liger"):

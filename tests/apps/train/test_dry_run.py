@@ -23,6 +23,18 @@ def test_it_fits_or_it_does_not(train: Train, recipe: Path, capsys: pytest.Captu
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("setting", ["--train.loss_backend", "--train.attention_backend"])
+def test_a_backend_that_cannot_be_is_not_planned(
+    train: Train, recipe: Path, capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
+    on_tpu = ("--train.device", "tpu", "--xla.fsdp", "4", "--data.windows_per_batch", "4")
+    assert train("--recipe", recipe, "--dry-run", setting, "magic") == 2
+    assert "unknown backend 'magic'" in capsys.readouterr().err
+    assert train("--recipe", recipe, "--dry-run", setting, "xla") == 2
+    assert "cannot run on device 'cpu'" in capsys.readouterr().err
+    assert train("--recipe", recipe, "--dry-run", setting, "xla", *on_tpu) == 0
+
+
 def test_the_large_recipe_is_planned_without_the_device(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--recipe", "h200_8x_bf16", "--dry-run"]
     assert train(*words) == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shlex
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from apps.train.hooks import LineSink, ProgressSink, StepReport, WandbSink
 from apps.train.origins import command_line_layer, resolve_config
 
 Train = Callable[..., int]
+ROOT = Path(__file__).parents[3]
 SCALARS = {"loss": 2.5, "bpb": 1.25, "tokens_per_s": 1234.0, "time_s": 2.0}
 
 
@@ -30,6 +33,17 @@ def test_lines_come_every_n_steps() -> None:
     assert [line.split()[1] for line in lines] == ["1/11", "5/11", "10/11", "11/11", "11/11"]
     assert "loss 2.5000  bpb 1.250  1,234 tok/s  left about 12 s" in lines[1]
     assert "validation bpb 1.5000" in lines[-1]
+
+
+@pytest.mark.parametrize("command", ["{} | head -n 1", "{} >&-"])
+def test_training_goes_on_when_nobody_reads(recipe: Path, tmp_path: Path, command: str) -> None:
+    """The lines are lost and nothing else: neither steps nor the exit status."""
+    run = tmp_path / "run"
+    words = [sys.executable, "-m", "apps.train", "--recipe", str(recipe), "--run-dir", str(run)]
+    script = f"set -o pipefail; {command.format(shlex.join(words))}"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (run / "checkpoints" / "step-00000008" / "COMMITTED").exists()
 
 
 def test_bar_shows_loss_bpb_speed_and_time_left() -> None:

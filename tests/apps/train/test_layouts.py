@@ -15,6 +15,7 @@ from apps.train.optim import build_optimizer
 from libs.model import HybridLM
 from libs.model.checkpoint import resolve_checkpoint
 from libs.model.shard_files import read_layout
+from libs.model.text.tokenizer import Tokenizer
 from libs.model.weights import load_model
 from libs.parallel.mesh import Layout, single
 from tests.support import saved_layouts
@@ -77,12 +78,11 @@ def test_files_say_which_layout_wrote_them(results: Results) -> None:
 def test_whole_files_have_the_bits_of_one_process(results: Results, tmp_path: Path) -> None:
     """Whoever saves: without tensor parallelism these are the files that one process writes."""
     model, optimizer = saved_layouts.whole_run(2)
-    (tmp_path / "tokenizer.json").write_text("{}")
     saved = save.save_checkpoint(
         tmp_path,
         model=model,
         optimizer=optimizer,
-        tokenizer_file=tmp_path / "tokenizer.json",
+        tokenizer=Tokenizer.bytes_tokenizer(),
         state=saved_layouts.state_of(2),
     )
     names = {path.name for path in saved.path.iterdir()}

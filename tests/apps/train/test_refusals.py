@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,13 @@ from typing import Any
 
 import pytest
 
-from apps.train import lane
+from apps.train import lane, start
+from apps.train.arguments import parse_arguments
+from apps.train.config import hash_values
 from apps.train.data.__main__ import main as data_main
+from apps.train.ranks import prepare
+from libs.flags.environment import Launch
+from libs.flags.errors import UserError
 from libs.flags.installed import installed_gates
 from libs.flags.runlog import read_events
 from libs.model.checkpoint import MARKER, write_manifest
@@ -32,6 +38,12 @@ Train = Callable[..., int]
         (["--train.mimo_backend", "tilelung"], "tilelung"),
         (["--log.wandb_project", "p"], "pip install wandb"),
         (["--config", "none.toml"], "none.toml"),
+        (["--train.loss_backend", "magic"], "linear_cross_entropy: unknown backend 'magic'"),
+        (["--train.loss_backend", "liger"], "set FATHOM_FUSED_LINEAR_CE=liger"),
+        (["--train.attention_backend", "magic"], "attention: unknown backend 'magic'"),
+        (["--train.attention_backend", "xla"], "cannot run on device 'cpu'"),
+        (["--train.seed", str(2**63)], "train.seed = '9223372036854775808'"),
+        (["--data.seed", str(2**64)], "data.seed = '18446744073709551616'"),
     ],
 )
 def test_usage_errors_write_nothing(
@@ -43,12 +55,65 @@ def test_usage_errors_write_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_named_backend_that_does_not_exist_is_refused_in_the_log(train: Train, recipe: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    assert train("--recipe", recipe, "--run-dir", run, "--train.loss_backend", "magic") == 2
-    stop = list(read_events(run))[-1]
-    assert (stop["status"], stop["exit_code"]) == ("failed", 2)
-    assert not (run / "checkpoints").exists()
+def test_the_largest_seed_trains(train: Train, recipe: Path) -> None:
+    words = ["--train.seed", str(2**63 - 1), "--data.seed", str(2**63 - 1), "--train.stop_after", "1"]
+    assert train("--recipe", recipe, *words) == 75
+
+
+def test_an_empty_recipe_is_not_the_default_one(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    for extra in ([], ["--show-config"], ["--dry-run"]):
+        assert train("--recipe", "", *extra) == 2
+        assert "unknown recipe ''" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 5000, "[" + ".".join("a" * 3000) + "]\nb = 1"])
+def test_settings_nested_too_deeply(
+    train: Train, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (tmp_path / "deep.toml").write_text(text)
+    assert train("--recipe", recipe, "--config", tmp_path / "deep.toml") == 2
+    assert "nested too deeply" in capsys.readouterr().err
+
+
+def test_windows_that_the_replicas_cannot_share(recipe: Path) -> None:
+    arguments = parse_arguments(["--recipe", str(recipe), "--data.windows_per_batch", "3"])
+    with pytest.raises(UserError, match=r"data\.windows_per_batch = 3 cannot be shared by parallel\.dp = 2"):
+        prepare(arguments, Launch(rank=0, local_rank=0, world_size=2, attempt=0))
+
+
+def test_a_run_that_is_refused_late_is_not_the_latest(
+    train: Train, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train("--recipe", recipe, "--train.stop_after", "1") == 75
+    latest = tmp_path / "runs" / "latest"
+    first = latest.resolve()
+
+    def refuse(*_: object) -> None:
+        raise UserError("no engine today")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(start, "build_engine", refuse)
+        assert train("--recipe", recipe) == 2
+    assert latest.resolve() == first
+    assert len(list((tmp_path / "runs").iterdir())) == 3
+
+
+def test_latest_is_a_convenience(
+    train: Train, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of that name, or what a killed process of this number left, stops no run."""
+    runs = tmp_path / "runs"
+    (runs / "latest").mkdir(parents=True)
+    (runs / f".latest-{os.getpid()}").write_text("left")
+    assert train("--recipe", recipe, "--train.stop_after", "1") == 75
+    assert "latest does not point to this run" in capsys.readouterr().err
+    assert not list(runs.glob(".latest*"))
+    (runs / "latest").rmdir()
+    (runs / f".latest-{os.getpid()}").write_text("left")
+    assert train("--recipe", recipe, "--train.stop_after", "1") == 75
+    assert capsys.readouterr().err == ""
+    assert (runs / "latest" / "config.json").is_file()
+    assert not list(runs.glob(".latest*"))
 
 
 def test_a_device_that_is_not_here(
@@ -147,6 +212,22 @@ def test_resuming_by_a_bare_name(
     assert "is it --resume runs/some-run?" in capsys.readouterr().err
 
 
+def test_resuming_a_file(train: Train, paused: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = paused / "checkpoints" / "step-00000003" / "model.safetensors"
+    for path in (paused / "config.json", weights):
+        assert train("--resume", path) == 2
+        said = capsys.readouterr().err
+        assert f"{path} is a file, not a run or checkpoint folder; did you mean {path.parent}?" in said
+
+
+def test_the_fp8_recipe_is_no_layout(train: Train, paused: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From one to another is refused; with or without is the gate's to say."""
+    _edit_config(paused, lambda content: content["parallel"].update(fp8_recipe="delayed"))
+    assert train("--resume", paused, "--parallel.fp8_recipe", "blockwise") == 2
+    assert "these would make it another run:\n  parallel.fp8_recipe" in capsys.readouterr().err
+    assert train("--resume", paused, "--parallel.fp8_recipe", "none", "--parallel.timeout_s", "61") == 0
+
+
 def test_resume_refuses_other_settings_but_not_equal_ones(
     train: Train, paused: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +244,16 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(content))
 
 
+def _edit_config(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """As one who knows about the hash."""
+
+    def change_both(content: dict[str, Any]) -> None:
+        change(content["config"])
+        content["config_hash"] = hash_values(content["config"])
+
+    _edit(run / "config.json", change_both)
+
+
 def _recommit(checkpoint: Path) -> None:
     digest = write_manifest(checkpoint)
     (checkpoint / MARKER).write_text(json.dumps({"manifest_sha256": digest}))
@@ -173,9 +264,9 @@ def test_a_checkpoint_of_another_model(
     train: Train, paused: Path, capsys: pytest.CaptureFixture[str], field: str, value: object
 ) -> None:
     def change(content: dict[str, Any]) -> None:
-        content["config"]["model"]["mixer"][field] = value
+        content["model"]["mixer"][field] = value
 
-    _edit(paused / "config.json", change)
+    _edit_config(paused, change)
     assert train("--resume", paused) == 2
     said = capsys.readouterr().err
     assert f"mixer.{field}" in said
@@ -195,11 +286,33 @@ def test_other_data_than_at_the_beginning(
     assert data_main([*words, "--window", "64", "--workers", "1", "--valid-share", "0.2"]) == 0
 
     def change(content: dict[str, Any]) -> None:
-        content["config"]["data"]["dir"] = str(out)
+        content["data"]["dir"] = str(out)
 
-    _edit(paused / "config.json", change)
+    _edit_config(paused, change)
     assert train("--resume", paused) == 2
     assert "data fingerprint" in capsys.readouterr().err
+
+
+def test_an_edited_config(train: Train, paused: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _edit(paused / "config.json", lambda content: content["config"]["optim"].update(lr=0.5))
+    assert train("--resume", paused) == 2
+    assert "config.json is not what the run began with" in capsys.readouterr().err
+    _edit(paused / "config.json", lambda content: content["config"]["optim"].update(lr=0.01))
+    assert train("--resume", paused) == 0
+
+
+def test_a_config_of_an_earlier_version(train: Train, paused: Path) -> None:
+    """Which lacks a setting of this one: the hash is that of what was written."""
+    _edit_config(paused, lambda content: content["train"].pop("stop_after"))
+    assert train("--resume", paused) == 0
+
+
+def test_another_torch_than_in_the_checkpoint(train: Train, paused: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = paused / "checkpoints" / "step-00000003"
+    _edit(checkpoint / "trainer.json", lambda content: content.update(torch_version="1.0"))
+    _recommit(checkpoint)
+    assert train("--resume", paused) == 2
+    assert "the checkpoint of step 3 had torch '1.0', now it is" in capsys.readouterr().err
 
 
 def test_a_damaged_config(train: Train, paused: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from apps.train import evaluate, loop, save, snapshot, start, step, writer
 from libs.flags.logcheck import check_log
-from libs.flags.runlog import read_events
+from libs.flags.runlog import log_path, read_events
 from libs.flags.runs import verify_run
 from libs.flags.verify import verify_chain
 
@@ -166,6 +166,126 @@ def test_killed_in_start_up(
     assert_same_run(whole, run, step=8)
 
 
+class Killed(BaseException):
+    """Ends the process at once, as far as a test in the same process can."""
+
+
+def die_in(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *, call: int) -> None:
+    original, calls = getattr(owner, name), {"n": 0}
+
+    def die(*args: Any, **kwargs: Any) -> Any:
+        calls["n"] += 1
+        if calls["n"] == call:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, die)
+
+
+@pytest.fixture
+def unsaved(train: Train, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that died after two steps, before its first checkpoint."""
+    with monkeypatch.context() as patch:
+        die_in(patch, loop, "train_step", call=3)
+        with pytest.raises(Killed):
+            train("--recipe", recipe, "--run-dir", tmp_path / "run")
+    assert not save.committed_steps(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_killed_between_the_marker_and_the_log(
+    train: Train, recipe: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        die_in(patch, loop.Saves, "on_commit", call=2)
+        with pytest.raises(Killed):
+            train("--recipe", recipe, "--run-dir", run, "--checkpoint.every", "2")
+    path = log_path(run)
+    lines = path.read_text().splitlines(keepends=True)
+    assert json.loads(lines[-1])["event"] == "run.stop"
+    path.write_text("".join(lines[:-1]))  # nor did the process live to write that
+    assert save.committed_steps(run) == [2, 4]
+    assert train("--resume", run) == 0
+    assert_same_run(whole, run, step=8)
+    assert check_log(run).violations == ()
+
+
+def test_resumed_before_the_first_checkpoint(train: Train, unsaved: Path, whole: Path) -> None:
+    assert train("--resume", unsaved) == 0
+    assert_same_run(whole, unsaved, step=8)
+    assert check_log(unsaved).violations == ()
+
+
+def _recorded(run: Path, event: str, change: Callable[[dict[str, Any]], None], **where: object) -> None:
+    """Change one event of the log, as if the earlier attempt had been another one."""
+    path = log_path(run)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    found = [r for r in records if r["event"] == event and all(r.get(k) == v for k, v in where.items())]
+    change(found[0])
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.mark.parametrize(
+    ("event", "where", "change", "status", "said"),
+    [
+        ("data.fingerprint", {}, {"fingerprint": "f"}, 2, "an earlier attempt had data fingerprint 'f', now"),
+        ("backend.chosen", {"op": "train.device"}, {"value": "cuda"}, 2, "had device 'cuda', now it is 'cpu'"),
+        ("backend.chosen", {"op": "train.precision"}, {"value": "bf16"}, 2, "had precision 'bf16', now it is 'fp32'"),
+        ("gates.resolved", {}, {}, 78, "--accept-gate-change tma"),
+    ],
+)
+def test_other_circumstances_before_the_first_checkpoint(
+    train: Train,
+    unsaved: Path,
+    capsys: pytest.CaptureFixture[str],
+    event: str,
+    where: dict[str, str],
+    change: dict[str, str],
+    status: int,
+    said: str,
+) -> None:
+    def edit(record: dict[str, Any]) -> None:
+        record.update(change)
+        for row in record.get("gates", []):
+            row["value"] = "fwd" if row["gate"] == "tma" else row["value"]
+
+    _recorded(unsaved, event, edit, **where)
+    assert train("--resume", unsaved) == status
+    assert said in capsys.readouterr().err
+    assert train("--resume", unsaved) == status, "a refused attempt does not become what is compared with"
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_checkpoints_hold_the_tokenizer_the_run_opened(
+    train: Train, recipe: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    """Whatever becomes of the data directory while the run goes on."""
+    data, run, original = tmp_path / "data", tmp_path / "run", loop.train_step
+    shutil.copytree(corpus, data)
+    definition = (data / "tokenizer.json").read_bytes()
+
+    def meddle(*args: Any, **kwargs: Any) -> Any:
+        shutil.rmtree(data) if gone else (data / "tokenizer.json").write_text("{}")
+        monkeypatch.setattr(loop, "train_step", original)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", meddle)
+    assert train("--recipe", recipe, "--data.dir", data, "--run-dir", run) == 0
+    assert (run / "checkpoints" / "step-00000008" / "tokenizer.json").read_bytes() == definition
+
+
+def test_other_things_among_the_checkpoints_stop_no_resume(train: Train, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train("--recipe", recipe, "--run-dir", run, "--train.stop_after", "3") == 75
+    folder = run / "checkpoints"
+    (folder / "best").symlink_to("step-00000003")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "mine").mkdir()
+    assert train("--resume", run) == 0
+    assert {"best", "notes.txt", "mine", "step-00000008"} <= {path.name for path in folder.iterdir()}
+
+
 def test_killed_three_times_with_accumulation_and_checkpointing(train: Train, recipe: Path, tmp_path: Path) -> None:
     words = ["--recipe", recipe, "--train.grad_accumulation", "2", "--train.activation_checkpointing", "block"]
     assert train(*words, "--run-dir", tmp_path / "whole") == 0
@@ -216,7 +336,7 @@ def test_the_number_of_threads_is_that_of_the_first_attempt(train: Train, recipe
     assert train("--resume", run, "--train.stop_after", "3") == 75
     chosen = [e for e in read_events(run) if e["event"] == "backend.chosen" and e["op"] == "train.threads"]
     assert [event["value"] for event in chosen] == ["2", "2"]
-    assert "checkpoint" in chosen[1]["reason"]
+    assert "as before the interruption" in chosen[1]["reason"]
 
 
 def test_loop_uses_the_functions_the_tests_interrupt() -> None:

@@ -51,6 +51,38 @@ def test_debris_is_removed_and_checkpoints_stay(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / "superseded" / "before-attempt-1" / "step-00000010" / "x").exists()
 
 
+def test_what_is_not_debris_stays(tmp_path: Path) -> None:
+    """Folders of other names, files and links are the user's, whatever they are called."""
+    make(tmp_path, 10)
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "x").write_text("mine")
+    for name in ("best", "step-5", "step-00000007.old", ".step-00000008", "step-00000009.partial"):
+        (folder / name).mkdir()
+    for name in ("notes.txt", "step-00000002", ".step-00000003.partial"):
+        (folder / name).write_text("mine")
+    (folder / "step-00000004").symlink_to(elsewhere)
+    (folder / "step-00000006").symlink_to("gone")
+    before = sorted(folder.iterdir())
+    (folder / "step-00000020").mkdir()
+    (folder / ".step-00000030.partial").mkdir()
+    gone = sorted(path.name for path in remove_unfinished(tmp_path))
+    assert gone == [".step-00000030.partial", "step-00000020"]
+    assert sorted(folder.iterdir()) == before
+    assert (elsewhere / "x").read_text() == "mine"
+    for step in (2, 6):
+        with pytest.raises(UserError, match="is in the way of a checkpoint"):
+            make(tmp_path, step)
+
+
+def test_a_checkpoint_kept_elsewhere_is_not_pruned(tmp_path: Path) -> None:
+    make(tmp_path, 10, 20, 30)
+    checkpoint_dir(tmp_path, 10).rename(tmp_path / "kept")
+    checkpoint_dir(tmp_path, 10).symlink_to(tmp_path / "kept")
+    assert prune(tmp_path, keep_last=1, keep_every=None) == [20]
+    assert committed_steps(tmp_path) == [10, 30]
+
+
 def test_choose(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no committed checkpoint"):
         choose_checkpoint(tmp_path, None)

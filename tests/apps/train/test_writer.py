@@ -16,17 +16,16 @@ from apps.train.optim import optimizer_tensors
 from apps.train.writer import CheckpointWriter
 from libs.flags.errors import UserError
 from libs.model.checkpoint import verify_checkpoint
+from libs.model.text.tokenizer import Tokenizer
 from libs.model.weights import load_model
 from libs.parallel.mesh import single
 from tests.support.saved_layouts import Listener, state_of, wait_until_idle, whole_run
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    tokenizer = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.write_text("{}")
+def parts() -> dict[str, Any]:
     model, optimizer = whole_run(1)
-    return {"model": model, "optimizer": optimizer, "tokenizer_file": tokenizer}
+    return {"model": model, "optimizer": optimizer, "tokenizer": Tokenizer.bytes_tokenizer()}
 
 
 @pytest.fixture

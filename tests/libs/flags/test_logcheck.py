@@ -226,6 +226,32 @@ def test_rules_across_attempts(
     assert any(said in finding.message for finding in report.violations), report.violations
 
 
+def test_a_run_without_a_commit_begins_anew(tmp_path: Path, write_run: Write) -> None:
+    """From step 1, and only while nothing was ever committed."""
+
+    def begin_anew(records: Records) -> Records:
+        second = [record for record in records if record["attempt"] == 1 and record["event"] == "train.step"]
+        for step, record in enumerate(second, 1):
+            record["step"] = step
+        for name in ("checkpoint.begin", "checkpoint.commit"):
+            records[_at(records, name, -1)]["step"] = len(second)
+        return _drop("checkpoint.restore")(records)
+
+    def uncommitted(records: Records) -> Records:
+        del records[_at(records, "checkpoint.commit")], records[_at(records, "checkpoint.begin")]
+        return begin_anew(records)
+
+    def later(records: Records) -> Records:
+        records = uncommitted(records)
+        del records[_at(records, "train.step", 3)]
+        return records
+
+    said = ["training goes on in a new attempt without checkpoint.restore"]
+    for name, change, expected in (("anew", uncommitted, []), ("lost", begin_anew, said), ("later", later, said)):
+        run = write_run(write_run(tmp_path / name))
+        assert [finding.message for finding in _edit(run, change).violations] == expected, name
+
+
 def test_a_tampered_chain_breaks_the_log(tmp_path: Path, write_run: Write) -> None:
     run = write_run(tmp_path / "run")
     path = audit_path(run)

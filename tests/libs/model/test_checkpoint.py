@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -55,6 +57,27 @@ def test_latest_may_be_a_file_or_a_link(run: Path) -> None:
     assert resolve_checkpoint(run.parent / "latest") == newest
     (run.parent / "link").symlink_to(run, target_is_directory=True)
     assert resolve_checkpoint(run.parent / "link").resolve() == newest.resolve()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b" \n", b"one\ntwo", b"\xff\xfe", b"x" * 256, b'{"a":\n 1}', b"\x00\x80" * 500]
+)
+def test_a_file_that_is_no_pointer(run: Path, content: bytes) -> None:
+    path = run.parent / "given"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        resolve_checkpoint(path)
+    assert str(refused.value) == f"{path} is a file, not a run or checkpoint folder; did you mean {run.parent}?"
+
+
+def test_another_manifest_version(run: Path) -> None:
+    newest = resolve_checkpoint(run)
+    manifest = newest / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"manifest_version": 1', '"manifest_version": 2'))
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    (newest / MARKER).write_text(json.dumps({"manifest_sha256": digest}))
+    with pytest.raises(UserError, match=r"is of version 2, this version of fathom reads 1"):
+        resolve_checkpoint(run)
 
 
 def test_names_and_steps() -> None:

@@ -17,9 +17,18 @@ def requested_backend(configured: str) -> str:
     Asking records the gate's exposure.
 
     Raises:
-        ValueError: config and gate contradict each other. GatesNotInstalled: the program has not resolved its gates.
+        ValueError: as `backend_under`. GatesNotInstalled: the program has not resolved its gates.
     """
-    variable, gated = CATALOG[GATE].variable, is_enabled(GATE)
+    return backend_under(is_enabled(GATE), configured)
+
+
+def backend_under(gated: bool, configured: str) -> str:
+    """The same by whether the gate is on, before gates are installed.
+
+    Raises:
+        ValueError: config and gate contradict each other.
+    """
+    variable = CATALOG[GATE].variable
     if configured == "pallas" and not gated:
         raise ValueError(f"attention backend 'pallas' is behind a gate: set {variable}=on, or choose auto or xla")
     if gated and configured not in ("auto", "pallas"):

@@ -28,11 +28,11 @@ from libs.flags.errors import UserError, nearest
 
 DEFAULT_RECIPE = "cpu_demo"
 # What an interrupted run may be told anew: nothing that changes a weight, a loss or the order of data, but for the
-# layout, which is equal up to rounding.
+# layout, which is equal up to rounding. Data may have been moved: their fingerprint is compared.
 RESUMABLE = (
-    "checkpoint.", "log.", "train.stop_after", "train.device_memory", "train.device_name", "xla.strict_compile",
-    "parallel.dp", "parallel.cp", "parallel.tp", "parallel.sequence_parallel", "parallel.shard_optimizer",
-    "parallel.engine", "parallel.timeout_s",
+    "checkpoint.", "log.", "data.dir", "train.stop_after", "train.device_memory", "train.device_name",
+    "xla.strict_compile", "parallel.dp", "parallel.cp", "parallel.tp", "parallel.sequence_parallel",
+    "parallel.shard_optimizer", "parallel.engine", "parallel.timeout_s",
 )  # fmt: skip
 
 

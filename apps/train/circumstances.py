@@ -13,6 +13,7 @@ import torch
 from apps.train.lane import XLA_RUNTIMES, Lane
 from apps.train.save import TrainerState
 from libs.flags.errors import UserError
+from libs.flags.events import AnomalyGeneric
 from libs.flags.registry import GateValue
 from libs.flags.runlog import read_events
 
@@ -66,6 +67,15 @@ def in_log(run_dir: Path, attempt: int) -> Circumstances:
     )
 
 
+def torch_anomaly(before: Circumstances) -> AnomalyGeneric | None:
+    """For the log, when the checkpoint is of another torch: weights and order of data are the same, further losses are
+    not bit for bit those of a run that was never interrupted. Not refused: no run could outlive an upgrade."""
+    now = str(torch.__version__)
+    if before.torch_version in (None, now):
+        return None
+    return AnomalyGeneric(what="resumed with another torch", details={"before": before.torch_version, "now": now})
+
+
 def refuse_others(before: Circumstances, data_fingerprint: str, lane: Lane) -> None:
     """A resumed run must read the same data and compute in the same way.
 
@@ -76,7 +86,6 @@ def refuse_others(before: Circumstances, data_fingerprint: str, lane: Lane) -> N
         "data fingerprint": (before.data_fingerprint, data_fingerprint),
         "precision": (before.precision, lane.precision),
         "device": (before.device, lane.device.type),
-        "torch": (before.torch_version, str(torch.__version__)),
     }
     for what, (then, now) in pairs.items():
         if then not in (None, now):

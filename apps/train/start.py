@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from apps.train.circumstances import Circumstances, refuse_others
+from apps.train.circumstances import Circumstances, refuse_others, torch_anomaly
 from apps.train.compiles import CompileWatch
 from apps.train.config import TrainConfig
 from apps.train.data.loader import BatchLoader
@@ -136,13 +136,15 @@ def assemble(
     before: what the run was at work with.
 
     Raises:
-        UserError: that was other data, precision, device or torch, or the checkpoint is of another model. Interrupted:
+        UserError: that was other data, precision or device, or the checkpoint is of another model. Interrupted:
             by a signal.
     """
     config, state = session.config, None if restored is None else restored.state
     lane, corpus, alone = setup.lane, setup.corpus, groups.world.size == 1
     with together(groups.world, "starting"):
         refuse_others(before, corpus.train.fingerprint, lane)
+        if (anomaly := torch_anomaly(before)) is not None:
+            session.log.emit(anomaly, level="warning")
         threads = set_threads(config.train, before.threads)
         if alone:
             guard.check()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from apps.train import lane, start
 from apps.train.arguments import parse_arguments
@@ -307,12 +308,14 @@ def test_a_config_of_an_earlier_version(train: Train, paused: Path) -> None:
     assert train("--resume", paused) == 0
 
 
-def test_another_torch_than_in_the_checkpoint(train: Train, paused: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_torch_than_in_the_checkpoint_is_an_anomaly(train: Train, paused: Path) -> None:
     checkpoint = paused / "checkpoints" / "step-00000003"
     _edit(checkpoint / "trainer.json", lambda content: content.update(torch_version="1.0"))
     _recommit(checkpoint)
-    assert train("--resume", paused) == 2
-    assert "the checkpoint of step 3 had torch '1.0', now it is" in capsys.readouterr().err
+    assert train("--resume", paused) == 0
+    (anomaly,) = (event for event in read_events(paused) if event["event"] == "anomaly.generic")
+    assert anomaly["what"] == "resumed with another torch"
+    assert anomaly["details"] == {"before": "1.0", "now": str(torch.__version__)}
 
 
 def test_a_damaged_config(train: Train, paused: Path) -> None:

@@ -357,3 +357,13 @@ def test_a_run_with_paths_that_are_not_utf8_goes_on(train: Train, recipe: Path, 
     assert fingerprints == [str(tmp_path / "caf\\udce9")] * 2
     assert verify_run(run)[0].status == "intact"
     assert check_log(run).violations == ()
+
+
+def test_data_may_have_moved(train: Train, recipe: Path, corpus: Path, tmp_path: Path) -> None:
+    """Their place may be another one on resume; what they hold may not (test_refusals)."""
+    first, then, run = tmp_path / "first", tmp_path / "then", tmp_path / "run"
+    shutil.copytree(corpus, first)
+    assert train("--recipe", recipe, "--data.dir", first, "--train.stop_after", 2, "--run-dir", run) == 75
+    first.rename(then)
+    assert train("--resume", run) == 2
+    assert train("--resume", run, "--data.dir", then) == 0

@@ -22,7 +22,7 @@ from libs.flags.installed import install
 from libs.flags.resolve import resolve
 from libs.model import HybridLM
 from libs.model.checkpoint import MANIFEST, resolve_checkpoint
-from libs.model.inference import Engine, EngineConfig, MemoryPlan, Sampling
+from libs.model.inference import Engine, EngineConfig, LogitsNotFinite, MemoryPlan, Sampling
 from libs.model.text.tokenizer import Tokenizer
 from libs.model.weights import load_model, read_config
 
@@ -84,7 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitStatus.OK
     stops = () if args.ignore_eod else (tokenizer.eod_id,)
     engine = Engine(model, config, weights=sha256_hex((checkpoint / MANIFEST).read_bytes()))
-    _generate(engine, tokenizer, prompt, Sampling(**sampling, stop_ids=stops), as_json=args.json)
+    try:
+        _generate(engine, tokenizer, prompt, Sampling(**sampling, stop_ids=stops), as_json=args.json)
+    except LogitsNotFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return ExitStatus.NONFINITE
     return ExitStatus.OK
 
 

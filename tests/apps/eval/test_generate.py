@@ -6,6 +6,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from apps.eval.generate import main
 from libs.flags import installed
 from libs.flags.errors import run_entry
 from libs.flags.installed import GateState
+from libs.model import HybridLM
 from libs.model.checkpoint import resolve_checkpoint
 from libs.model.inference import Engine, EngineConfig, Sampling
 from libs.model.text.tokenizer import Tokenizer
@@ -43,6 +45,22 @@ def expected(run_dir: Path, sampling: Sampling) -> tuple[bytes, tuple[int, ...]]
     how = sampling.model_copy(update={"stop_ids": (tokenizer.eod_id,)})
     (found,) = Engine(model, EngineConfig(max_tokens=len(ids) + how.max_new_tokens)).generate([ids], how)
     return tokenizer.decode(found.tokens), found.tokens
+
+
+def test_weights_that_are_not_finite_give_no_answer(
+    run_dir: Path, prompt: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damaged(*args: Any, **options: Any) -> HybridLM:
+        model = load_model(*args, **options)
+        with torch.no_grad():
+            model.final_norm.weight[0] = torch.nan
+        return model
+
+    monkeypatch.setattr(generate, "load_model", damaged)
+    assert main(["--checkpoint", str(run_dir), "--prompt", prompt]) == 70
+    shown = capsys.readouterr()
+    assert shown.out.strip() == ""
+    assert "logits are not finite" in shown.err
 
 
 def test_a_file_in_bytes_out(run_dir: Path, prompt: str, capfdbinary: pytest.CaptureFixture[bytes]) -> None:

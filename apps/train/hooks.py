@@ -148,7 +148,7 @@ class LineSink:
         self._print(text)
 
     def close(self) -> None:
-        """Every line is flushed already, where there is a stream at all."""
+        """Every line is flushed already."""
 
     def _print(self, line: str) -> None:
         try:

@@ -35,12 +35,11 @@ def test_lines_come_every_n_steps() -> None:
     assert "validation bpb 1.5000" in lines[-1]
 
 
-@pytest.mark.parametrize("command", ["{} | head -n 1", "{} >&-"])
-def test_training_goes_on_when_nobody_reads(recipe: Path, tmp_path: Path, command: str) -> None:
+def test_training_goes_on_when_nobody_reads(recipe: Path, tmp_path: Path) -> None:
     """The lines are lost and nothing else: neither steps nor the exit status."""
     run = tmp_path / "run"
     words = [sys.executable, "-m", "apps.train", "--recipe", str(recipe), "--run-dir", str(run)]
-    script = f"set -o pipefail; {command.format(shlex.join(words))}"
+    script = f"set -o pipefail; {shlex.join(words)} | head -n 1"
     done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert (run / "checkpoints" / "step-00000008" / "COMMITTED").exists()

@@ -5,12 +5,12 @@ Not for what stands in them (gates.py, recipes.py, records.py, steps.py, command
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from libs.flags.errors import UserError
+from libs.flags.whole_file import write_whole
 
 COMMAND = "fathom docs"
 
@@ -79,10 +79,8 @@ def read_text(path: Path) -> str:
 
 def write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
     try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
+        write_whole(path, text.encode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from apps.eval.intervals import bootstrap_ratio
 from apps.eval.reading import read_record
 from libs.flags.errors import UserError
+from libs.flags.whole_file import try_folder
 
 SCHEMA_VERSION: Literal[2] = 2
 AxisValue: TypeAlias = str | int | float
@@ -275,9 +275,7 @@ def check_place(path: Path) -> None:
             raise UserError(f"{path} is a directory: give the name of a JSON file")
         if path.exists():
             _created(path)
-        folder = next(folder for folder in path.absolute().parents if folder.exists())
-        with tempfile.TemporaryFile(dir=folder):  # permission bits do not tell of every place
-            pass
+        try_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write the result {path}: {error.strerror}") from error
 

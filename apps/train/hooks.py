@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from rich.progress import (
 )
 
 from apps.train.config import LogSection, TrainConfig
-from libs.flags.errors import UserError
+from libs.flags.errors import UserError, to_nowhere
 
 
 class StepReport(NamedTuple):
@@ -154,11 +153,7 @@ class LineSink:
         try:
             print(line, file=self._stream, flush=True)
         except BrokenPipeError:
-            # The reader has gone, as in `| head`: training goes on unheard, and what is still to be flushed at the
-            # exit goes nowhere too.
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            to_nowhere(self._stream)  # the reader has gone, as in `| head`: training goes on unheard
 
 
 def _numbers(scalars: dict[str, float]) -> str:

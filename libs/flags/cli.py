@@ -20,6 +20,7 @@ from libs.flags.catalog import CATALOG
 from libs.flags.environment import fathom_variables
 from libs.flags.errors import ExitStatus, GateRefused, UserError
 from libs.flags.facts import Facts
+from libs.flags.fleet import gate_named
 from libs.flags.fleet_cli import Handler, add_index_options, adder, exit_status, indexed_runs
 from libs.flags.logcheck import check_log
 from libs.flags.promotions import promote
@@ -52,18 +53,10 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    spec = _gate(options.gate)
+    spec = gate_named(options.gate)
     here = {word: _missing(spec, word, _facts(options.facts)) for word in spec.values[1:]}
     _show(options, spec.describe() | {"refused_here": here}, lambda: views.explain(spec, here))
     return ExitStatus.OK
-
-
-def _gate(name: str) -> GateSpec:
-    """The gate of this name or of this variable, in any case."""
-    bare = name.lower().removeprefix("fathom_")
-    if bare not in CATALOG:
-        raise UserError.unknown("gate", bare, CATALOG)
-    return CATALOG[bare]
 
 
 def _missing(spec: GateSpec, word: str, facts: Facts) -> list[str]:
@@ -131,7 +124,7 @@ def _verified_gates(run: Path) -> RunGates:
 
 
 def _history(options: argparse.Namespace) -> int:
-    only = None if options.gate is None else _gate(options.gate).name
+    only = None if options.gate is None else gate_named(options.gate).name
     found = indexed_runs(Path(options.runs_dir), rebuild=options.rebuild)
     # One run that cannot be read must not hide the others, and must not look like a run with its gates off.
     rows = [run.model_dump(mode="json", include=_HISTORY) for run in found]
@@ -141,7 +134,7 @@ def _history(options: argparse.Namespace) -> int:
 
 def _promote(options: argparse.Namespace) -> int:
     name, equals, value = options.gate.partition("=")
-    spec = _gate(name)
+    spec = gate_named(name)
     done = promote(spec, value if equals else None, Path(options.receipt))
     said = f"{done.gate}={done.value} is measured, by {done.receipt}; commit libs/flags/promotions.json with it"
     table = "the gate table of libs/flags/README.md changes too: renew it with `fathom docs`"

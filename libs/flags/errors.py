@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 Entry = Callable[[Sequence[str] | None], int]
 
@@ -110,6 +110,13 @@ def legible(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
+def to_nowhere(stream: TextIO) -> None:
+    """What is still to be flushed, and all that follows, is lost: else closing the stream would complain once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 def run_entry(main: Entry, argv: Sequence[str] | None = None) -> int:
     """Run an entry point; the errors a user can meet become "error: ..." on stderr and an exit status.
 
@@ -128,8 +135,7 @@ def run_entry(main: Entry, argv: Sequence[str] | None = None) -> int:
             if _stdout_takes_more():
                 raise
             print(f"error: cannot write to stdout: {error.strerror}", file=sys.stderr)
-        # Without this, closing stdout would complain once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        to_nowhere(sys.stdout)
         return ExitStatus.FAILURE
 
 

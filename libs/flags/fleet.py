@@ -12,12 +12,21 @@ from typing import Any, NamedTuple
 
 from libs.flags.catalog import CATALOG
 from libs.flags.errors import UserError
+from libs.flags.registry import GateSpec
 from libs.flags.summary import RunSummary, summarise
 from libs.flags.witness import read_digest
 
 STATUSES = ("completed", "requeue", "refused", "failed", "open")
 OUTCOMES = ("active", "refused", "off")
 _ABSENT = "absent"
+
+
+def gate_named(name: str) -> GateSpec:
+    """The gate of this name or of this variable, in any case. Raises UserError: there is none."""
+    bare = name.lower().removeprefix("fathom_")
+    if bare not in CATALOG:
+        raise UserError.unknown("gate", bare, CATALOG)
+    return CATALOG[bare]
 
 
 class Query(NamedTuple):
@@ -50,13 +59,11 @@ class Query(NamedTuple):
         if gate is None:
             return cls(outcome=outcome, **conditions)
         name, equals, value = gate.partition("=")
-        name = name.lower().removeprefix("fathom_")
-        if name not in CATALOG:
-            raise UserError.unknown("gate", name, CATALOG)
+        spec = gate_named(name)
         # A refused value can be anything that someone wrote.
-        if equals and outcome != "refused" and value not in CATALOG[name].values:
-            raise UserError.unknown(f"value of {name}", value, CATALOG[name].values)
-        return cls(gate=name, value=value if equals else None, outcome=outcome, **conditions)
+        if equals and outcome != "refused" and value not in spec.values:
+            raise UserError.unknown(f"value of {spec.name}", value, spec.values)
+        return cls(gate=spec.name, value=value if equals else None, outcome=outcome, **conditions)
 
 
 class Difference(NamedTuple):

@@ -20,6 +20,7 @@ from libs.flags.errors import UserError
 from libs.flags.evidence import read_evidence
 from libs.flags.provenance import ROOT
 from libs.flags.registry import NEEDS_EVIDENCE, RISE, GateSpec, Stage
+from libs.flags.whole_file import write_whole
 
 FILE = Path(__file__).with_name("promotions.json")
 RECEIPTS = Path("infra/receipts")
@@ -153,10 +154,8 @@ def _alone(path: Path) -> Iterator[None]:
 
 def _write(promotions: Sequence[Promotion], path: Path) -> None:
     """Whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
+    content = Promotions(promotions=tuple(promotions)).model_dump_json(indent=2) + "\n"
     try:
-        content = Promotions(promotions=tuple(promotions)).model_dump_json(indent=2) + "\n"
-        aside.write_text(content, encoding="utf-8")
-        os.replace(aside, path)
+        write_whole(path, content.encode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; promote in a checkout of the repository") from error

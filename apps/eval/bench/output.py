@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +20,7 @@ from apps.eval.bench.ops import RedGate
 from apps.eval.bench.receipt import Receipt, write_receipt
 from apps.eval.bench.table import print_receipt
 from libs.flags.errors import ExitStatus, UserError
+from libs.flags.whole_file import try_folder
 
 R = TypeVar("R", bound=Receipt)
 MAX_ROUNDS = 1000
@@ -55,9 +55,7 @@ def check_place(receipt_dir: Path | None) -> None:
     if receipt_dir is None:
         return
     try:
-        there = next(path for path in (receipt_dir.absolute(), *receipt_dir.absolute().parents) if path.exists())
-        with tempfile.TemporaryDirectory(prefix=".receipt-", dir=there):
-            pass  # made and taken away again: what permissions say is not all there is
+        try_folder(receipt_dir)
     except OSError as error:
         raise UserError(f"--receipt-dir {receipt_dir}: no folder can be made there: {error.strerror}") from error
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib import resources
@@ -22,6 +21,7 @@ from markupsafe import Markup
 from libs.flags.canonical import utc_now
 from libs.flags.catalog import CATALOG
 from libs.flags.errors import UserError
+from libs.flags.whole_file import write_whole
 
 _TEMPLATES = "apps.eval.report.templates"
 
@@ -64,10 +64,8 @@ def write_page(page: str, path: Path) -> None:
     Raises:
         UserError: the place cannot be written.
     """
-    aside = path.with_name(f".{path.name}.partial")
     try:
-        aside.write_text(page, encoding="utf-8")
-        os.replace(aside, path)
+        write_whole(path, page.encode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot write the report {path}: {error.strerror}") from error
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from libs.flags.errors import UserError
+from libs.flags.whole_file import write_whole
 from libs.kernels.backend import Choice
 from libs.model.hybrid import HybridLM
 from libs.model.inference.blob import BlobRefused, Spec, pack, unpack
@@ -95,8 +95,8 @@ class Marks:
                 digest = hashlib.sha256(blob).hexdigest()
                 index[name] = {"sha256": digest, "tokens": len(tokens)}
                 files.add(directory / _file(digest))
-                _replace(directory / _file(digest), blob)
-            _replace(directory / INDEX, f"{json.dumps(index, indent=1)}\n".encode())
+                write_whole(directory / _file(digest), blob)
+            write_whole(directory / INDEX, f"{json.dumps(index, indent=1)}\n".encode())
             for stale in set(directory.glob(_file("*"))) - files:
                 stale.unlink()
         except OSError as error:
@@ -229,13 +229,6 @@ def _tokens(tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
 
 def _file(digest: str) -> str:
     return f"mark-{digest}.safetensors"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_bytes(content)
-    os.replace(aside, path)
 
 
 def _read_index(directory: Path) -> dict[str, tuple[str, int]]:

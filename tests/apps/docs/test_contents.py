@@ -109,7 +109,7 @@ def test_steps_for_a_slice_are_those_that_were_compiled(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     for wrong in ({"effort": "quick"}, {"git_dirty": True}, {"git_dirty": None}, {"effort": None}):
         (folder / "step.json").write_text(json.dumps(record | wrong))
-        with pytest.raises(UserError, match="full effort"):
+        with pytest.raises(UserError, match=r"step\.json: only a step that compiled with full effort"):
             step_table(tmp_path)
     (folder / "step.json").write_text(json.dumps({key: u for key, u in record.items() if key != "compiled"}))
     with pytest.raises(UserError, match="full effort"):

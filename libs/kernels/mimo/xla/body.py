@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nnF
 
+from libs.kernels.mimo.chunked_tile import rotary_slices
 from libs.kernels.mimo.shapes import TWO_PI
 
 
@@ -112,13 +113,13 @@ def rotated(u_BCRGN: Tensor, bias_BHRN: Tensor, theta_BHCA: Tensor) -> Tensor:
     u_BGRCN = u_BCRGN.permute(0, 3, 2, 1, 4).to(bias_BHRN.dtype)
     per_head = bias_BHRN.reshape(bias_BHRN.shape[0], groups, heads // groups, *bias_BHRN.shape[2:])
     u = (u_BGRCN[:, :, None] + per_head[:, :, :, :, None]).flatten(1, 2)
-    A, half = theta_BHCA.shape[-1], u.shape[-1] // 2
+    lo, hi = rotary_slices(u.shape[-1], u.shape[-1] // theta_BHCA.shape[-1])
     cos, sin = (part[:, :, None] for part in (theta_BHCA.cos(), theta_BHCA.sin()))
-    a, b = u[..., :A], u[..., half : half + A]
+    a, b = u[..., lo], u[..., hi]
     turned_lo, turned_hi = a * cos - b * sin, a * sin + b * cos
-    if half == A:
+    if lo.stop == hi.start:
         return torch.cat([turned_lo, turned_hi], dim=-1)
-    return torch.cat([turned_lo, u[..., A:half], turned_hi, u[..., half + A :]], dim=-1)
+    return torch.cat([turned_lo, u[..., lo.stop : hi.start], turned_hi, u[..., hi.stop :]], dim=-1)
 
 
 def _finish(y_BHRCP: Tensor, chunk: ChunkInputs, params: HeadParams, norm_eps: float) -> Tensor:

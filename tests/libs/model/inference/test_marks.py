@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-import libs.model.inference.marks
 from libs.flags.errors import UserError
 from libs.model.inference import CapacityError, Engine, PagedKV, Sampling
 from tests.libs.model.inference.conftest import BuildEngine, ids
@@ -204,13 +203,13 @@ def test_a_save_that_is_cut_off_leaves_the_marks_that_were_there(
             left[0] -= 1
             replace(source, target)
 
-        monkeypatch.setattr(libs.model.inference.marks.os, "replace", killed)
+        monkeypatch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             other.save_marks(directory)
         loading = engine("snapshots")
         assert loading.load_marks(directory) == ("a", "b", "c")
         assert loading._marks.tokens["a"] == tuple(ids(64, 0))
-    monkeypatch.setattr(libs.model.inference.marks.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     other.save_marks(directory)
     loading = engine("snapshots")
     assert loading.load_marks(directory) == ("a",)
